@@ -1,0 +1,97 @@
+"""Benchmarks: `python -m minigen bench [NAME ...]`. A module here has `rows(quick) -> list[Row]`.
+
+Every figure is a ratio within the run, of medians over repetitions that are taken alternately, so that a machine that
+slows down slows both sides. A repetition during which other processes took more than a tenth of the processors is
+taken again, a few times at most.
+"""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from minigen.training import hardware
+
+BUSY = 0.1  # share of the processors that others may take during a repetition
+RETRIES = 3  # how often a disturbed repetition is taken again
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    value: float
+    unit: str  # x: a ratio
+    target: float | None = None
+    at_least: bool = True  # whether the value should be above the target, or below it
+    note: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the target is reached; None where there is none."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+
+def seconds(function: Callable[[], object], repeat: int = 1) -> tuple[float, bool]:
+    """Seconds of one of `repeat` calls in a row, and whether the machine was quiet meanwhile."""
+    process = psutil.Process()
+
+    def busy() -> float:
+        times = psutil.cpu_times()
+        own = process.cpu_times()
+        return sum(times) - times.idle - getattr(times, "iowait", 0) - own.user - own.system
+
+    others, start = busy(), time.perf_counter()
+    for _ in range(repeat):
+        function()
+    elapsed = time.perf_counter() - start
+    share = (busy() - others) / (elapsed * psutil.cpu_count())
+    return elapsed / repeat, share <= BUSY or elapsed < 0.2  # clocks of 10 ms say nothing of shorter times
+
+
+def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5, repeat: int = 1) -> dict[str, float]:
+    """The median seconds of each function, over repetitions taken alternately after one warm-up each."""
+    for function in functions.values():
+        function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            for _ in range(1 + RETRIES):
+                value, quiet = seconds(function, repeat)
+                if quiet:
+                    break
+            taken[name].append(value)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the named benchmarks, all of them without a name, and print one table or JSON."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    parser = argparse.ArgumentParser("minigen bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(names)}; all without a name")
+    parser.add_argument("--quick", action="store_true", help="shorter sequences and fewer repetitions")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines instead of the table")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(names):
+        raise ValueError(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick) for name in options.names or names}
+    if options.json:
+        rows = [asdict(row) | {"reached": row.reached, "benchmark": name} for name, found in table.items() for row in found]
+        print(json.dumps({"hardware": hardware(), "torch": torch.__version__, "quick": options.quick, "rows": rows}, indent=1))
+        return
+    print(f"{hardware()}, torch {torch.__version__}")
+    for name, found in table.items():
+        for row in found:
+            target = "" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
+            mark = {True: "yes", False: "NO", None: ""}[row.reached]
+            print(f"{name:9} {row.case:58} {row.value:10.3g} {row.unit:9} {target:9} {mark:4} {row.note}")

@@ -1,0 +1,169 @@
+"""Train the GPT over pixels of chapter 1, drawing pictures along the way."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minigen.data import endless_batches, load_dataset
+from minigen.pixelgpt import (
+    PixelGPT,
+    PixelGPTConfig,
+    cut_windows,
+    neighbour_correlation,
+    next_pixel_loss,
+    row_statistics_distance,
+)
+from minigen.show import save_grid
+from minigen.training import (
+    FitConfig,
+    describe_run,
+    fit,
+    load_checkpoint,
+    pick_device,
+    progress,
+    save_checkpoint,
+    write_json,
+)
+
+
+@dataclass
+class Config:
+    """A run of chapter 1. Every field can be set on the command line; the rest is the preset's."""
+
+    preset: str = "demo"  # where the other defaults come from
+    size: int = 16  # side of the square pictures, in pixels
+    bits: int = 4  # bits kept of each channel; 4 give 4096 colours
+    positions: Literal["learned", "rowcol"] = "learned"  # one vector a place, or one for its row and one for its column
+    sequences: Literal["pictures", "windows"] = "pictures"  # windows: pieces one pixel short, as published
+    depth: int = 4  # blocks
+    heads: int = 4  # attention heads
+    dim: int = 128  # width
+    dropout: float = 0.0
+    data: str = "landscapes"  # a data set's name, or a folder of pictures
+    train_images: int = 2000  # how many pictures to draw or read for training
+    val_images: int = 128  # and for the evaluation
+    steps: int = 100  # optimizer steps
+    batch_size: int = 16  # pictures a step
+    lr: float = 3e-3  # highest learning rate
+    warmup: int = 20  # steps until it is reached
+    sample_at: tuple[int, ...] = (10, 25, 50, 100)  # steps after which to evaluate and draw
+    samples: int = 8  # pictures to draw each time
+    seed: int = 0
+    out: Path = Path("runs/pixelgpt")  # checkpoint, pictures and result.json go here
+
+
+# The published pictures were drawn after these many steps of the published run.
+PUBLISHED_STEPS = (200, 400, 800, 1600, 3000, 6000, 10_000)
+LARGE = dict(size=64, train_images=50_000, val_images=1000, steps=10_000, batch_size=16, lr=1e-3, warmup=100,
+             sample_at=PUBLISHED_STEPS)
+
+PRESETS = {
+    "test": Config("test", size=16, depth=1, heads=2, dim=16, train_images=16, val_images=8, steps=3, batch_size=4, warmup=1,
+                   sample_at=(1, 3), samples=4),
+    "demo": Config("demo"),  # two CPU cores, half a minute
+    "cpu": Config("cpu", size=24, train_images=16_000, val_images=256, steps=2000, batch_size=8, lr=3e-3, warmup=50,
+                  sample_at=(25, 50, 100, 200, 400, 800, 1400, 2000), samples=12),  # one CPU core, an hour
+    "full": Config("full", **LARGE),  # one GPU
+    "paper": Config("paper", **LARGE, sequences="windows"),  # the published run, slips included
+}
+
+
+def token_batches(config: Config, model: PixelGPT) -> Iterator[Tensor]:
+    """Endless batches of tokens (B, T) for training: whole pictures, or windows as the published run cut them."""
+    dataset = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = endless_batches(dataset, config.batch_size, generator)
+    tokens = (model.tokenizer.encode(batch.image) for batch in batches)
+    return cut_windows(tokens, config.size**2 - 1, config.batch_size) if config.sequences == "windows" else tokens
+
+
+@torch.inference_mode()
+def evaluate(model: PixelGPT, images: Tensor, batch_size: int) -> float:
+    """Mean cross entropy in nats a pixel over images (B, 3, H, W), the first pixel of each given."""
+    device = next(model.parameters()).device
+    model.eval()
+    losses = [next_pixel_loss(model, model.tokenizer.encode(part).to(device)).item() * len(part)
+              for part in images.split(batch_size)]
+    return sum(losses) / len(images)
+
+
+def main(config: Config) -> dict:
+    """Train, write the checkpoint, the pictures and `result.json` to `config.out`, and return the result."""
+    torch.manual_seed(config.seed)
+    device = pick_device()
+    model = PixelGPT(PixelGPTConfig(config.size, config.bits, config.positions, config.depth, config.heads, config.dim,
+                                    config.dropout)).to(device)
+    val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
+    val_images = torch.stack([item.image for item in val])
+    prompt = model.tokenizer.encode(val_images[: config.samples])[:, :1].to(device)  # their first pixels
+
+    tokens_per_step = config.batch_size * (config.size**2 - 1)
+    records = fit(model, token_batches(config, model), next_pixel_loss,
+                  FitConfig(config.steps, config.lr, config.warmup))
+    history, train_loss = [], []
+    for record in progress(records, config.steps, tokens_per_step, f"pixelgpt {config.preset}"):
+        train_loss.append(record.loss)
+        if record.step in config.sample_at or record.step == config.steps:
+            generator = torch.Generator(device).manual_seed(config.seed)
+            images = model.draw(prompt, generator=generator).cpu()
+            save_grid(images, config.out / f"step-{record.step:05d}.png", scale=max(1, 128 // config.size))
+            save_checkpoint(model, config.out)
+            history.append({"step": record.step, "train_loss": sum(train_loss) / len(train_loss),
+                            "val_loss": evaluate(model, val_images, config.batch_size),
+                            "row_statistics_distance": row_statistics_distance(images, val_images)})
+            train_loss = []
+
+    along_rows, along_columns = neighbour_correlation(images)
+    bits = history[-1]["val_loss"] / math.log(2)
+    result = describe_run(
+        command=f"python -m minigen train pixelgpt --preset {config.preset}", script="pixelgpt", preset=config.preset,
+        minutes=round(record.seconds / 60, 2), seed=config.seed, dataset=config.data,
+        metrics={
+            "val_loss": history[-1]["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens_per_second": record.step * tokens_per_step / record.seconds,
+            "correlation_along_rows": along_rows, "correlation_along_columns": along_columns,
+        },
+        config=asdict(config) | {"out": str(config.out)}, history=history,
+    )
+    write_json(config.out / "result.json", result)
+    return result
+
+
+@dataclass
+class SampleOptions:
+    """Pictures drawn by a checkpoint of chapter 1."""
+
+    first_pixel: str | None = None  # first colour of every picture, such as 0xFEC; without it, colours of the data
+    count: int = 16  # how many pictures
+    temperature: float = 1.0  # below 1 keeps to likely colours, 0 takes the likeliest
+    top_k: int | None = None  # draw among this many likeliest colours
+    top_p: float | None = None  # draw among the fewest colours with this much probability
+    seed: int = 0
+    scale: int = 4  # pixels on the file for each pixel of a picture
+    out: Path = Path("samples.png")
+
+
+def sample(checkpoint: str, options: SampleOptions) -> Path:
+    """Draw a grid of pictures with the model in `checkpoint` (a folder, or a name on the Hugging Face hub)."""
+    device = pick_device()
+    model = load_checkpoint(PixelGPT, checkpoint).to(device)
+    if options.first_pixel is not None:
+        color = int(options.first_pixel, 0)
+        if not 0 <= color < model.tokenizer.vocab_size:
+            raise ValueError(f"--first-pixel {options.first_pixel} is not a colour of this model, which has colours "
+                             f"0 to {model.tokenizer.vocab_size - 1:#x}")
+        prompt = torch.full((options.count, 1), color)
+    else:
+        val = load_dataset("landscapes", model.config.size, "val", options.count)
+        prompt = torch.cat([model.tokenizer.encode(item.image[None])[:, :1] for item in val])
+    generator = torch.Generator(device).manual_seed(options.seed)
+    images = model.draw(prompt.to(device), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                        generator=generator)
+    save_grid(images.cpu(), options.out, scale=options.scale)
+    return options.out

@@ -1,0 +1,36 @@
+"""What every test shares: one place for drawn pictures, one thread, one seed."""
+
+import os
+import random
+import shutil
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config):
+    # Set before the workers of pytest-xdist start, so that all of them share one folder.
+    if "MINIGEN_CACHE" not in os.environ:
+        config.minigen_cache = os.environ["MINIGEN_CACHE"] = tempfile.mkdtemp(prefix="minigen-tests-")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def pytest_unconfigure(config):
+    if folder := getattr(config, "minigen_cache", None):
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("MINIGEN_CACHE", None)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """The same random numbers for a test however it is run."""
+    import sys
+
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
