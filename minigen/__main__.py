@@ -64,7 +64,7 @@ def sample(arguments: list[str]) -> None:
 
     from minigen.training import read_config
 
-    module = script(read_config(arguments[0])["module"].rpartition(".")[2])
+    module = script(read_config(arguments[0])["model"].split(".")[-2])
     options = tyro.cli(module.SampleOptions, args=arguments[1:], prog=f"minigen sample {arguments[0]}")
     print(module.sample(arguments[0], options))
 

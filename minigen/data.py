@@ -4,7 +4,8 @@
 __all__ = ['EXTENSIONS', 'BUILDERS', 'Item', 'to_item', 'draw_landscape', 'Landscapes', 'CachedLandscapes', 'cache_root',
            'cached_landscapes', 'write_landscapes', 'to_rgb', 'prepare', 'to_square', 'read_square', 'Pictures',
            'folder_records', 'records_of_one_split', 'image_files', 'captioned_records', 'cifar10_records',
-           'imagenette_records', 'imagenet_records', 'nature_landscape_records', 'load_dataset', 'endless_batches']
+           'imagenette_records', 'imagenet_records', 'nature_landscape_records', 'load_dataset', 'endless_batches',
+           'shuffled_batches']
 
 # %% ../nbs/00_images_as_sequences.ipynb #956b8d95
 import errno
@@ -356,16 +357,19 @@ def load_dataset(name_or_path, size, split="train", length=None, seed=0, on_erro
 def endless_batches(dataset, batch_size, generator=None, num_workers=0):
     """Batches of a data set forever, as `Item`s of stacked images; each pass in a new order from `generator`.
 
-    A pass leaves out what does not fill a batch. ValueError if the data set is smaller than one batch.
+    A pass leaves out what does not fill a batch. The order does not depend on `num_workers`.
+    ValueError if the data set is smaller than one batch.
     """
     if len(dataset) < batch_size:
         raise ValueError(f"the data set has {len(dataset)} items, too few for one batch of {batch_size}: "
                          "take a smaller batch or more data")
-    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True, generator=generator,
-                        num_workers=num_workers, persistent_workers=num_workers > 0)
+    order = shuffled_batches(len(dataset), batch_size, generator)
+    # the loader's own generator only seeds workers; with one of its own the global random state stays as it is
+    return iter(DataLoader(dataset, batch_sampler=order, num_workers=num_workers, generator=torch.Generator()))
 
-    def forever():
-        while True:
-            yield from loader
 
-    return forever()                                       # the check above runs now, not at the first batch
+def shuffled_batches(count, batch_size, generator):
+    """Lists of `batch_size` of the numbers below `count`, forever; each pass in a new order."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[:count - count % batch_size].view(-1, batch_size).tolist()

@@ -134,13 +134,13 @@ def write_json(path: Path, value) -> None:
 def save_checkpoint(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `model.safetensors` and `config.json` to `folder`, each under a temporary name first.
 
-    The model is a `PyTorchModelHubMixin`; `config.json` also names the module it comes from. `dtype` stores the weights in another precision: half of the bytes are enough for what ships.
+    The model is a `PyTorchModelHubMixin`; `config.json` also names its class. `dtype` stores the weights in another precision: half of the bytes are enough for what ships.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         (model if dtype is None else deepcopy(model).to(dtype)).save_pretrained(temporary)
         config = json.loads((Path(temporary) / "config.json").read_text())
-        write_json(Path(temporary) / "config.json", config | {"module": type(model).__module__})
+        write_json(Path(temporary) / "config.json", config | {"model": f"{type(model).__module__}.{type(model).__name__}"})
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(temporary) / name, folder / name)
 
@@ -154,8 +154,8 @@ def read_config(checkpoint: str | Path) -> dict:
                                     "`python -m minigen train` wrote, or OWNER/NAME of one on the Hugging Face hub")
         file = Path(hf_hub_download(str(checkpoint), "config.json"))
     config = json.loads(file.read_text())
-    if "module" not in config:
-        raise ValueError(f"{file} was not written by minigen: it does not name the module of its model")
+    if "model" not in config:
+        raise ValueError(f"{file} was not written by minigen: it does not name the class of its model")
     return config
 
 
@@ -164,9 +164,9 @@ def load_checkpoint(kind: type[nn.Module], checkpoint: str | Path) -> nn.Module:
 
     Raises ValueError where the checkpoint is of another kind of model, naming both.
     """
-    module = read_config(checkpoint)["module"]
-    if module != kind.__module__:
-        raise ValueError(f"{checkpoint} holds a model of {module}, expected one of {kind.__module__}")
+    found = read_config(checkpoint)["model"]
+    if found.rpartition(".")[2] != kind.__name__:
+        raise ValueError(f"{checkpoint} holds a {found}, expected a {kind.__name__}")
     with contextlib.redirect_stdout(io.StringIO()):  # the hub's library says where it loads from
         return kind.from_pretrained(checkpoint).eval()
 

@@ -104,7 +104,7 @@ def test_checkpoint_round_trip(tmp_path, dtype):
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path):
     save_checkpoint(GPT(GPTConfig(vocab_size=8, block_size=4, depth=1, heads=1, dim=4)), tmp_path / "gpt")
-    with pytest.raises(ValueError, match="minigen.gpt, expected one of minigen.pixelgpt"):
+    with pytest.raises(ValueError, match="holds a minigen.gpt.GPT, expected a PixelGPT"):
         load_checkpoint(PixelGPT, tmp_path / "gpt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no config.json"):
