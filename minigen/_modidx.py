@@ -100,6 +100,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'minigen.landscapes.few_trees': ('images_as_sequences.html#few_trees', 'minigen/landscapes.py'),
                                     'minigen.landscapes.noise': ('images_as_sequences.html#noise', 'minigen/landscapes.py'),
                                     'minigen.landscapes.octaves': ('images_as_sequences.html#octaves', 'minigen/landscapes.py'),
+                                    'minigen.landscapes.octaves_of_a_line': ( 'images_as_sequences.html#octaves_of_a_line',
+                                                                              'minigen/landscapes.py'),
                                     'minigen.landscapes.paint_birds': ('images_as_sequences.html#paint_birds', 'minigen/landscapes.py'),
                                     'minigen.landscapes.paint_broadleaf': ( 'images_as_sequences.html#paint_broadleaf',
                                                                             'minigen/landscapes.py'),

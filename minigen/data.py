@@ -247,9 +247,11 @@ def folder_records(folder, split, seed=0):
         if inside is None:
             raise FileNotFoundError(f"{folder} has a folder train, but none for {split!r}: make {folder / split}")
         return records_of_one_split(inside)
+    folder = folder.absolute()
     records, classes = records_of_one_split(folder)
-    by_chance = sorted(records, key=lambda record: (zlib.crc32(f"{seed} {record[3]}".encode()), record[3]))
-    kept = {record[3] for record in by_chance[:max(1, len(records) // 10)]}
+    inside = {record[3]: record[3].removeprefix(str(folder)) for record in records}        # so that the folder may move
+    by_chance = sorted(inside, key=lambda name: (zlib.crc32(f"{seed} {inside[name]}".encode()), inside[name]))
+    kept = set(by_chance[:max(1, len(records) // 10)])
     chosen = [record for record in records if (record[3] in kept) == (split != "train")]
     if not chosen:
         raise ValueError(f"{folder} has {len(records)} image, too few to keep some for {split!r}: add images")

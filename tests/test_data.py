@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -372,6 +373,16 @@ def test_folder_with_train_and_val(photographs, tmp_path_factory):
     os.rename(root / "val", root / "elsewhere")
     with pytest.raises(FileNotFoundError, match="none for 'val'"):
         load_dataset(root, 16, "val")
+
+
+def test_the_choice_of_val_survives_a_move(photographs, tmp_path_factory, monkeypatch):
+    moved = tmp_path_factory.mktemp("moved") / "here"
+    shutil.copytree(photographs, moved)
+    names = [[os.path.relpath(record[3], root) for record in load_dataset(root, 16, "val").records]
+             for root in (photographs, moved)]
+    monkeypatch.chdir(moved)
+    names.append([os.path.relpath(record[3]) for record in load_dataset(".", 16, "val").records])
+    assert names[0] == names[1] == names[2]
 
 
 def test_folder_of_images_side_by_side(photographs):

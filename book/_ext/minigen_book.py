@@ -109,7 +109,13 @@ def quiet_theme(app, config):
     app.registry.css_files = [each for each in app.registry.css_files if "thebe" not in each[0]]
 
 
+def skip_field(app, what, name, member, skip, options):
+    """A named tuple's fields are in its signature; Python's own words for them say nothing."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app):
+    app.connect("autodoc-skip-member", skip_field)
     app.connect("source-read", read_source)
     app.connect("config-inited", quiet_theme)
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: list(GENERATED))
