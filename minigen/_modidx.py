@@ -162,6 +162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'minigen.show.to_pixels': ('images_as_sequences.html#to_pixels', 'minigen/show.py')},
             'minigen.training': { 'minigen.training.FitConfig': ('pixel_gpt.html#fitconfig', 'minigen/training.py'),
                                   'minigen.training.Record': ('pixel_gpt.html#record', 'minigen/training.py'),
+                                  'minigen.training.command_line': ('pixel_gpt.html#command_line', 'minigen/training.py'),
                                   'minigen.training.describe_run': ('pixel_gpt.html#describe_run', 'minigen/training.py'),
                                   'minigen.training.fit': ('pixel_gpt.html#fit', 'minigen/training.py'),
                                   'minigen.training.hardware': ('pixel_gpt.html#hardware', 'minigen/training.py'),

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def to_item(pixels, label, caption):
     return Item(torch.from_numpy(np.array(pixels)).float() / 255, int(label), caption)
 
 
-def draw_landscape(index, size=64, split="train", seed=0):
+def draw_landscape(index: int, size: int = 64, split: str = "train", seed: int = 0) -> Item:
     """Landscape `index` of `split` ("train", "val" or "test") as an `Item`; always the same one.
 
     The same index at another size (16 to 512) is the same scene at another resolution.
@@ -56,7 +57,7 @@ class Landscapes(Dataset):
 
     classes = CLASSES
 
-    def __init__(self, size=64, length=10_000, split="train", seed=0):
+    def __init__(self, size: int = 64, length: int = 10_000, split: str = "train", seed: int = 0):
         if length < 1:
             raise ValueError(f"length {length}: a data set has at least one item")
         self.size, self.length, self.split, self.seed = size, length, split, seed
@@ -94,12 +95,13 @@ class CachedLandscapes(Dataset):
         return to_item(self.images[index], self.labels[index], self.captions[index])
 
 
-def cache_root(root=None):
+def cache_root(root: str | Path | None = None) -> Path:
     """Where files are kept: `root`, or $MINIGEN_CACHE, or ~/.cache/minigen."""
     return Path(root or os.environ.get("MINIGEN_CACHE") or Path.home() / ".cache" / "minigen")
 
 
-def cached_landscapes(size=64, length=10_000, split="train", seed=0, root=None):
+def cached_landscapes(size: int = 64, length: int = 10_000, split: str = "train", seed: int = 0,
+                      root: str | Path | None = None) -> CachedLandscapes:
     """The first `length` landscapes of a split, drawn once and read from disk afterwards.
 
     The folder's name holds everything that the pictures depend on. It is written under a temporary name and
@@ -135,7 +137,7 @@ def write_landscapes(items, folder):
     (folder / "captions.json").write_text(json.dumps(captions))
 
 # %% ../nbs/00_images_as_sequences.ipynb #3fe9c28c
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image of any mode, upright and in RGB: EXIF rotation applied, transparency laid on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                         # 16-bit greys: 65535 is white, and a plain convert clips
@@ -149,7 +151,7 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def prepare(image, size):
+def prepare(image: Image.Image, size: int) -> Tensor:
     """A PIL image as float (3, size, size) in [0, 1]: upright RGB, the middle square, resized with antialiasing."""
     return torch.from_numpy(to_square(image, size)).float() / 255
 
@@ -195,7 +197,7 @@ class Pictures(Dataset):
     With `on_error="skip"` every file is read once at the start, and those that cannot be are left out.
     """
 
-    def __init__(self, records, classes, size, on_error="raise"):
+    def __init__(self, records: list, classes: list, size: int, on_error: str = "raise"):
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 4096:
             raise ValueError(f"size {size!r}: pictures are square, with 1 to 4096 pixels a side")
         if on_error not in ("raise", "skip"):
@@ -332,7 +334,8 @@ BUILDERS = {"landscapes": None, "cifar10": cifar10_records, "imagenette": imagen
             "imagenet": imagenet_records, "nature-landscape": nature_landscape_records}
 
 # %% ../nbs/00_images_as_sequences.ipynb #46f8c760
-def load_dataset(name_or_path, size, split="train", length=None, seed=0, on_error="raise", root=None):
+def load_dataset(name_or_path: str | Path, size: int, split: str = "train", length: int | None = None, seed: int = 0,
+                 on_error: str = "raise", root: str | Path | None = None) -> Dataset:
     """A data set of `Item` by name ("landscapes", "cifar10", "imagenette", "imagenet", "nature-landscape") or path.
 
     At most `length` items: of the landscapes the first (10,000 if not said, 1,000 for "val"), of real images a
@@ -356,7 +359,8 @@ def load_dataset(name_or_path, size, split="train", length=None, seed=0, on_erro
     return Pictures(records, classes, size, on_error)
 
 # %% ../nbs/00_images_as_sequences.ipynb #cc613deb
-def endless_batches(dataset, batch_size, generator=None, num_workers=0):
+def endless_batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None,
+                    num_workers: int = 0) -> Iterator[Item]:
     """Batches of a data set forever, as `Item`s of stacked images; each pass in a new order from `generator`.
 
     A pass leaves out what does not fill a batch. The order does not depend on `num_workers`.

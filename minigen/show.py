@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML
 from PIL import Image
+from torch import Tensor
 
 
 def to_batch(images):
@@ -33,7 +34,8 @@ def to_pixels(image):
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def image_grid(images, columns=None, scale=1, padding=1, background=1.0):
+def image_grid(images: Tensor, columns: int | None = None, scale: int = 1, padding: int = 1,
+               background: float = 1.0) -> Image.Image:
     """Images (B, 3, H, W) in [0, 1] side by side as one `PIL.Image`, each pixel enlarged `scale` times.
 
     `columns` is by default the rounded-up root of B; `padding` (in pixels of the images) separates them.
@@ -50,7 +52,7 @@ def image_grid(images, columns=None, scale=1, padding=1, background=1.0):
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(images, path, **options):
+def save_grid(images: Tensor, path: str | os.PathLike, **options) -> None:
     """Write `image_grid(images, **options)` to `path`: first under a temporary name, then renamed."""
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -64,7 +66,8 @@ def save_grid(images, path, **options):
             os.remove(partial)
 
 # %% ../nbs/00_images_as_sequences.ipynb #e7e296fb
-def show_images(images, titles=None, columns=None, size=1.2, suptitle=None):
+def show_images(images: Tensor | list[Tensor], titles: list[str] | None = None, columns: int | None = None,
+                size: float = 1.2, suptitle: str | None = None) -> plt.Figure:
     """A matplotlib figure of images (3, H, W), which may differ in size; `size` is the width of one in inches."""
     images = [to_batch(image)[0] for image in images]
     if not images:
@@ -98,7 +101,8 @@ def data_url(image):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def frame_slider(frames, labels=None, scale=4, caption="", autoplay=False):
+def frame_slider(frames: Tensor | list[Tensor], labels: list[str] | None = None, scale: int = 4, caption: str = "",
+                 autoplay: bool = False) -> HTML:
     """Frames (T, 3, H, W) in [0, 1] under a slider and a play button, as IPython HTML that needs no kernel.
 
     `labels` (one a frame) are shown beside the slider; each pixel is `scale` screen pixels wide.

@@ -152,3 +152,12 @@ def test_nobody_is_sent_to_another_package():
         if path.suffix in texts and wrong.search(path.read_text(errors="ignore"))
     ]
     assert named == []
+
+
+def test_every_notebook_begins_alike_on_colab():
+    """The cell that fetches package and data has the address of pyproject.toml and runs before any import."""
+    address = re.search(r'^Homepage = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    cells = [next(c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code") for path in NOTEBOOKS]
+    first = {"".join(cell["source"]) for cell in cells}
+    assert len(first) == 1 and f"git clone -q --depth 1 {address}\n" in first.pop()
+    assert all(cell["metadata"].get("tags") == ["remove-cell"] for cell in cells)

@@ -85,6 +85,16 @@ def test_every_script_has_the_same_parts(chapter):
     assert callable(module.main) and callable(module.sample) and module.SampleOptions
 
 
+def test_trains_on_a_folder_of_pictures(tmp_path):
+    for n in range(12):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.effect_noise((20 + n, 24), 80).convert("RGB").save(tmp_path / f"photos/{n}.jpg")
+    run("train", "pixelgpt", "--preset", "test", "--data", "photos", "--out", "run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run/result.json").read_text())["dataset"] == "photos"
+    run("sample", "run", "--data", "photos", "--count", "3", "--out", "drawn.png", cwd=tmp_path)
+    assert Image.open(tmp_path / "drawn.png").size[0] > 32
+
+
 def test_the_published_form_runs(tmp_path):
     run("train", "pixelgpt", "--preset", "test", "--sequences", "windows", "--positions", "rowcol", "--out", "w", cwd=tmp_path)
     assert json.loads((tmp_path / "w/result.json").read_text())["config"]["sequences"] == "windows"

@@ -12,6 +12,7 @@ from minigen.gpt import GPT, GPTConfig
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig
 from minigen.training import (
     FitConfig,
+    command_line,
     describe_run,
     fit,
     learning_rate,
@@ -143,3 +144,15 @@ def test_dtype_of_a_device_without_bfloat16(monkeypatch):
 def test_a_result_says_where_it_was_made():
     about = describe_run(command="x", metrics={})
     assert about["hardware"] and about["versions"]["torch"] == torch.__version__ and len(about["date"]) == 10
+
+
+def test_the_command_of_a_run_makes_it_again():
+    import tyro
+
+    from minigen.train.pixelgpt import PRESETS, Config
+
+    config = tyro.cli(Config, default=PRESETS["cpu"], args="--positions rowcol --sample-at 3 7 --lr 0.01 --out x".split())
+    command = command_line("pixelgpt", config, PRESETS["cpu"])
+    assert command.startswith("python -m minigen train pixelgpt --preset cpu ")
+    again = tyro.cli(Config, default=PRESETS["cpu"], args=command.split()[5:] + ["--out", "x"])
+    assert again == config

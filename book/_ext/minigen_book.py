@@ -30,7 +30,7 @@ def clean_notebook(notebook: dict) -> dict:
 
 
 def results_table() -> str:
-    """A Markdown table with one row for each file of data/results, and for each script with none."""
+    """A Markdown table with one row for each file of data/results, and for each script that has no `full` run there."""
     rows = [
         "| Run | Preset | Hardware | Minutes | Seed | Measured |",
         "| --- | --- | --- | ---: | ---: | --- |",
@@ -51,7 +51,7 @@ def results_table() -> str:
         )
         rows.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
     for script in sorted((ROOT / "minigen" / "train").glob("*.py")):
-        if not script.stem.startswith("_") and not any(file.stem.startswith(script.stem) for file in files):
+        if not script.stem.startswith("_") and not any(file.stem.startswith(f"{script.stem}-full") for file in files):
             rows.append(f"| `{script.stem}` | full | | | | not measured yet |")
     commands = [(file.stem, json.loads(file.read_text()).get("command")) for file in files]
     again = "".join(f"- `{name}`: `{command}`\n" for name, command in commands if command)

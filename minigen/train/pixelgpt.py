@@ -21,6 +21,7 @@ from minigen.pixelgpt import (
 from minigen.show import save_grid
 from minigen.training import (
     FitConfig,
+    command_line,
     describe_run,
     fit,
     load_checkpoint,
@@ -43,7 +44,7 @@ class Config:
     depth: int = 4  # blocks
     heads: int = 4  # attention heads
     dim: int = 128  # width
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations left out in training
     data: str = "landscapes"  # a data set's name, or a folder of pictures
     train_images: int = 2000  # how many pictures to draw or read for training
     val_images: int = 128  # and for the evaluation
@@ -53,7 +54,7 @@ class Config:
     warmup: int = 20  # steps until it is reached
     sample_at: tuple[int, ...] = (10, 25, 50, 100)  # steps after which to evaluate and draw
     samples: int = 8  # pictures to draw each time
-    seed: int = 0
+    seed: int = 0  # of weights, order of the pictures, and drawing
     out: Path = Path("runs/pixelgpt")  # checkpoint, pictures and result.json go here
 
 
@@ -121,7 +122,7 @@ def main(config: Config) -> dict:
     along_rows, along_columns = neighbour_correlation(images)
     bits = history[-1]["val_loss"] / math.log(2)
     result = describe_run(
-        command=f"python -m minigen train pixelgpt --preset {config.preset}", script="pixelgpt", preset=config.preset,
+        command=command_line("pixelgpt", config, PRESETS[config.preset]), script="pixelgpt", preset=config.preset,
         minutes=round(record.seconds / 60, 2), seed=config.seed, dataset=config.data,
         metrics={
             "val_loss": history[-1]["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
@@ -139,12 +140,14 @@ def main(config: Config) -> dict:
 class SampleOptions:
     """Pictures drawn by a checkpoint of chapter 1."""
 
-    first_pixel: str | None = None  # first colour of every picture, such as 0xFEC; without it, colours of the data
+    first_pixel: str | None = None  # first colour of every picture, such as 0xFEC; without it, first colours of `data`
+    data: str = "landscapes"  # a data set's name, or a folder of pictures
     count: int = 16  # how many pictures
     temperature: float = 1.0  # below 1 keeps to likely colours, 0 takes the likeliest
     top_k: int | None = None  # draw among this many likeliest colours
     top_p: float | None = None  # draw among the fewest colours with this much probability
     seed: int = 0
+    columns: int | None = None  # pictures beside each other; without it, about as many as below each other
     scale: int = 4  # pixels on the file for each pixel of a picture
     out: Path = Path("samples.png")
 
@@ -160,10 +163,11 @@ def sample(checkpoint: str, options: SampleOptions) -> Path:
                              f"0 to {model.tokenizer.vocab_size - 1:#x}")
         prompt = torch.full((options.count, 1), color)
     else:
-        val = load_dataset("landscapes", model.config.size, "val", options.count)
-        prompt = torch.cat([model.tokenizer.encode(item.image[None])[:, :1] for item in val])
+        val = load_dataset(options.data, model.config.size, "val", options.count)
+        first = torch.cat([model.tokenizer.encode(item.image[None])[:, :1] for item in val])
+        prompt = first[torch.arange(options.count) % len(first)]  # a small folder gives each of its colours again
     generator = torch.Generator(device).manual_seed(options.seed)
     images = model.draw(prompt.to(device), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                         generator=generator)
-    save_grid(images.cpu(), options.out, scale=options.scale)
+    save_grid(images.cpu(), options.out, scale=options.scale, columns=options.columns)
     return options.out
