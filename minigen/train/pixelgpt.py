@@ -112,7 +112,7 @@ def main(config: Config) -> dict:
         if record.step in config.sample_at or record.step == config.steps:
             generator = torch.Generator(device).manual_seed(config.seed)
             images = model.draw(prompt, generator=generator).cpu()
-            save_grid(images, config.out / f"step-{record.step:05d}.png", scale=max(1, 128 // config.size))
+            save_grid(images, config.out / f"step-{record.step:05d}.png", columns=config.samples, scale=max(1, 128 // config.size))
             save_checkpoint(model, config.out)
             history.append({"step": record.step, "train_loss": sum(train_loss) / len(train_loss),
                             "val_loss": evaluate(model, val_images, config.batch_size),
