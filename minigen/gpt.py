@@ -145,7 +145,7 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
 
     The rows need not sum to one. A token of probability zero is never drawn.
     """
-    if probabilities.is_cuda:  # parallel sums need not grow from left to right, so race exponentials instead
+    if probabilities.device.type != "cpu":  # parallel sums need not grow from left to right: race exponentials instead
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / noise).argmax(-1)
     cumulative = probabilities.cumsum(-1)                         # (B, V)
@@ -232,8 +232,10 @@ class GPT(nn.Module, PyTorchModelHubMixin):
         """Continue `prompt` (B, T) int64 token by token, yielding the sequence so far (B, T + 1), ..., (B, T + steps).
 
         What is yielded are views of one tensor: copy what you keep. Without the cache the whole sequence is read again
-        for every token, as nanoGPT does; the tokens are the same. The generator is a CPU one on CPU, a CUDA one on CUDA.
+        for every token, as nanoGPT does; the tokens are the same. The prompt is moved to the weights; the generator must
+        be on their device.
         """
+        prompt = prompt.to(self.tokens.weight.device)
         batch, start = prompt.shape
         if start < 1:
             raise ValueError("the prompt is empty; this model continues a sequence, so give it at least one token")

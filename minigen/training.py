@@ -134,7 +134,8 @@ def write_json(path: Path, value) -> None:
 def save_checkpoint(model: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write `model.safetensors` and `config.json` to `folder`, each under a temporary name first.
 
-    The model is a `PyTorchModelHubMixin`; `config.json` also names its class. `dtype` stores the weights in another precision: half of the bytes are enough for what ships.
+    The model is a `PyTorchModelHubMixin`; `config.json` also names its class. `dtype` stores the weights in another
+    precision: half of the bytes are enough for what ships.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:

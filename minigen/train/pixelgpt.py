@@ -101,7 +101,7 @@ def main(config: Config) -> dict:
                                     config.dropout)).to(device)
     val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
     val_images = torch.stack([item.image for item in val])
-    prompt = model.tokenizer.encode(val_images[: config.samples])[:, :1].to(device)  # their first pixels
+    prompt = model.tokenizer.encode(val_images[: config.samples])[:, :1]  # their first pixels
 
     tokens_per_step = config.batch_size * (config.size**2 - 1)
     records = fit(model, token_batches(config, model), next_pixel_loss,
@@ -167,7 +167,7 @@ def sample(checkpoint: str, options: SampleOptions) -> Path:
         first = torch.cat([model.tokenizer.encode(item.image[None])[:, :1] for item in val])
         prompt = first[torch.arange(options.count) % len(first)]  # a small folder gives each of its colours again
     generator = torch.Generator(device).manual_seed(options.seed)
-    images = model.draw(prompt.to(device), temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+    images = model.draw(prompt, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                         generator=generator)
     save_grid(images.cpu(), options.out, scale=options.scale, columns=options.columns)
     return options.out
