@@ -58,6 +58,22 @@ def results_table() -> str:
     return "\n".join(rows) + "\n" + (f"\n## The command of each run\n\n{again}" if again else "")
 
 
+def benchmark_tables() -> str:
+    """A Markdown table for each file of data/benchmarks, as `python -m minigen bench --json` wrote it."""
+    tables = []
+    for file in sorted((ROOT / "data" / "benchmarks").glob("*.json")):
+        run = json.loads(file.read_text())
+        rows = [f"`{run['command']}` on {run['hardware']}, {run['date']}\n",
+                "| Case | Measured | Target | Reached | |", "| --- | ---: | ---: | --- | --- |"]
+        for row in run["rows"]:
+            target = "" if row["target"] is None else f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}"
+            reached = {True: "yes", False: "**no**", None: ""}[row["reached"]]
+            cells = (row["case"], f"{number(row['value'])} {row['unit']}", target, reached, row["note"])
+            rows.append("| " + " | ".join(cells) + " |")
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables) or "Not measured yet."
+
+
 def number(value) -> str:
     return (
         f"{value:,.4g}"
@@ -83,8 +99,8 @@ def module_list() -> str:
 
 
 GENERATED = {
-    "book/results": ("<!-- results -->", results_table),
-    "book/api": ("<!-- modules -->", module_list),
+    "book/results": (("<!-- results -->", results_table), ("<!-- benchmarks -->", benchmark_tables)),
+    "book/api": (("<!-- modules -->", module_list),),
 }
 
 
@@ -92,8 +108,8 @@ def read_source(app, docname, source):
     if app.env.doc2path(docname).endswith(".ipynb"):
         source[0] = json.dumps(clean_notebook(json.loads(source[0])))
     elif docname in GENERATED:
-        marker, write = GENERATED[docname]
-        source[0] = source[0].replace(marker, write())
+        for marker, write in GENERATED[docname]:
+            source[0] = source[0].replace(marker, write())
 
 
 def quiet_theme(app, config):

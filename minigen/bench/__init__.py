@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from minigen.training import hardware
+from minigen.training import describe_run, hardware
 
 BUSY = 0.1  # share of the processors that others may take during a repetition
 RETRIES = 3  # how often a disturbed repetition is taken again
@@ -87,7 +87,8 @@ def main(arguments: list[str]) -> None:
     table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick) for name in options.names or names}
     if options.json:
         rows = [asdict(row) | {"reached": row.reached, "benchmark": name} for name, found in table.items() for row in found]
-        print(json.dumps({"hardware": hardware(), "torch": torch.__version__, "quick": options.quick, "rows": rows}, indent=1))
+        command = " ".join(["python -m minigen bench", *arguments])
+        print(json.dumps(describe_run(command=command, quick=options.quick) | {"rows": rows}, indent=1))
         return
     print(f"{hardware()}, torch {torch.__version__}")
     for name, found in table.items():
