@@ -1,4 +1,4 @@
-"""The command line: `python -m minigen train | sample | info | bench`. `--help` after each says more."""
+"""The command line: `python -m minigen train | sample | info | ship | bench`. `--help` after each says more."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ COMMANDS = """\
   train CHAPTER        train the model of a chapter, e.g. `train pixelgpt --preset demo`
   sample CHECKPOINT    draw pictures with a trained model: a folder that `train` wrote, or a name on the hub
   info [CHECKPOINT]    what this machine has, the chapters and their presets; or what a checkpoint is
+  ship RUN             put a finished run into the repository's data/: checkpoint, result and pictures
   bench [NAME ...]     measure speed and memory against the plain way, as ratios within this run
 """
 
@@ -104,6 +105,20 @@ def info(arguments: list[str]) -> None:
         print(json.dumps({key: about[key] for key in ("command", "hardware", "minutes", "date", "metrics")}, indent=1))
 
 
+def ship(arguments: list[str]) -> None:
+    """python -m minigen ship RUN [--data FOLDER]"""
+    parser = argparse.ArgumentParser("minigen ship", description="Put a finished run into data/, under the run's own name.")
+    parser.add_argument("run", type=Path, help="a folder that `train` wrote, named CHAPTER-PRESET-VARIANT")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the repository's folder (default: data)")
+    options = parser.parse_args(arguments)
+    from minigen.training import read_config
+    from minigen.training import ship as put
+
+    module, _, name = read_config(options.run)["model"].rpartition(".")
+    put(getattr(importlib.import_module(module), name), options.run, options.data)
+    print(options.data / "checkpoints" / options.run.name)
+
+
 def bench(arguments: list[str]) -> None:
     """python -m minigen bench [NAME ...] [--quick] [--json]"""
     from minigen.bench import main
@@ -114,7 +129,7 @@ def bench(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in its words or files is a sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "sample": sample, "info": info, "bench": bench}
+    commands = {"train": train, "sample": sample, "info": info, "ship": ship, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m minigen COMMAND ...\n\n{COMMANDS}")
         return 0 if arguments else 2

@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'minigen.training.progress': ('pixel_gpt.html#progress', 'minigen/training.py'),
                                   'minigen.training.read_config': ('pixel_gpt.html#read_config', 'minigen/training.py'),
                                   'minigen.training.save_checkpoint': ('pixel_gpt.html#save_checkpoint', 'minigen/training.py'),
+                                  'minigen.training.ship': ('pixel_gpt.html#ship', 'minigen/training.py'),
                                   'minigen.training.shipped': ('pixel_gpt.html#shipped', 'minigen/training.py'),
                                   'minigen.training.shipped_result': ('pixel_gpt.html#shipped_result', 'minigen/training.py'),
                                   'minigen.training.write_json': ('pixel_gpt.html#write_json', 'minigen/training.py')}}}

@@ -5,11 +5,18 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from minigen.__main__ import chapters, main, script
+from minigen.data import load_dataset
+from minigen.pixelgpt import PixelGPT
+from minigen.training import load_checkpoint, shipped_result
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments, cwd):
@@ -50,6 +57,28 @@ def test_info(trained):
     assert "pixelgpt" in run("info", cwd=trained)
     about = run("info", "run", cwd=trained)
     assert "parameters" in about and '"preset": "test"' not in about and '"size": 16' in about
+
+
+def test_ship_puts_a_run_into_data(trained):
+    run("ship", "run", "--data", "data", cwd=trained)
+    about = json.loads((trained / "data/results/run.json").read_text())
+    assert about == json.loads((trained / "run/result.json").read_text())
+    assert len(list((trained / "data/results/run").glob("*.png"))) == len(about["history"])
+    half, whole = (folder / "model.safetensors" for folder in (trained / "data/checkpoints/run", trained / "run"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    run("sample", "data/checkpoints/run", "--count", "2", "--out", "shipped.png", cwd=trained)
+
+
+@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data/checkpoints").glob("pixelgpt-*")), ids=lambda path: path.name)
+def test_shipped_checkpoints_give_the_loss_of_their_result(checkpoint):
+    """What the book prints of a run is what its weights, as they ship, do today on pictures drawn today."""
+    about = shipped_result(checkpoint)
+    module = script(about["script"])
+    config = module.Config(**{name: about["config"][name] for name in ("preset", "size", "val_images", "batch_size", "seed", "data")})
+    val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
+    model = load_checkpoint(PixelGPT, checkpoint)
+    loss = module.evaluate(model, torch.stack([item.image for item in val]), config.batch_size)
+    assert loss == pytest.approx(about["metrics"]["val_loss"], abs=2e-3)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "pixelgpt", "--help"], ["bench", "--help"], ["info", "--help"]])
