@@ -51,6 +51,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'minigen.gpt.GPT': ('pixel_gpt.html#gpt', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.__init__': ('pixel_gpt.html#gpt.__init__', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.cache': ('pixel_gpt.html#gpt.cache', 'minigen/gpt.py'),
+                             'minigen.gpt.GPT.decode_one': ('pixel_gpt.html#gpt.decode_one', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.forward': ('pixel_gpt.html#gpt.forward', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.from_nanogpt': ('pixel_gpt.html#gpt.from_nanogpt', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.generate': ('pixel_gpt.html#gpt.generate', 'minigen/gpt.py'),

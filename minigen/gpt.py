@@ -47,10 +47,11 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write `keys` and `values` (B, N, T, D/N) behind what is there; return views of all that is written."""
-        end = self.filled + keys.shape[2]
-        self.keys[layer][:, :, self.filled : end] = keys
-        self.values[layer][:, :, self.filled : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        new = keys.shape[2]
+        self.keys[layer].narrow(2, self.filled, new).copy_(keys)
+        self.values[layer].narrow(2, self.filled, new).copy_(values)
+        end = self.filled + new
+        return self.keys[layer].narrow(2, 0, end), self.values[layer].narrow(2, 0, end)
 
 # %% ../nbs/01_pixel_gpt.ipynb #34cd3274
 class CausalSelfAttention(nn.Module):
@@ -145,13 +146,14 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
 
     The rows need not sum to one. A token of probability zero is never drawn.
     """
-    if probabilities.device.type != "cpu":  # parallel sums need not grow from left to right: race exponentials instead
+    if not probabilities.is_cpu:  # parallel sums need not grow from left to right: race exponentials instead
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / noise).argmax(-1)
     cumulative = probabilities.cumsum(-1)                         # (B, V)
     # uniform is at most 1 - 2^-24, so the product stays below the total, rounding included
-    threshold = torch.rand(len(probabilities), 1, generator=generator).mul_(cumulative[:, -1:])
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    batch, vocab = cumulative.shape
+    threshold = torch.rand(batch, 1, generator=generator).mul_(cumulative.narrow(1, vocab - 1, 1))
+    return torch.searchsorted(cumulative, threshold, right=True).view(batch)
 
 # %% ../nbs/01_pixel_gpt.ipynb #9bc393fc
 def sample(
@@ -211,6 +213,27 @@ class GPT(nn.Module, PyTorchModelHubMixin):
             cache.filled = end
         return self.norm(x)                                       # (B, T, D)
 
+    def decode_one(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The last hidden state (B, D) of one more token (B,): what `hidden` does for T = 1, in half as many calls."""
+        batch, place = len(tokens), cache.filled
+
+        def norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+            return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+        def linear(x: Tensor, module: nn.Linear) -> Tensor:
+            return F.linear(x, module.weight, module.bias)
+
+        x = F.embedding(tokens, self.tokens.weight) + self.positions(torch.full((1,), place, device=tokens.device))
+        for layer, block in enumerate(self.blocks):
+            attention, (up, _, down, _) = block.attention, block.mlp
+            q, k, v = linear(norm(x, block.norm1), attention.qkv).view(batch, 3, attention.heads, 1, -1).unbind(1)
+            y = F.scaled_dot_product_attention(q, *cache.append(layer, k, v))      # (B, N, 1, D/N)
+            x = x + linear(y.view(batch, -1), attention.proj)                      # (B, D)
+            h = linear(norm(x, block.norm2), up)                                   # (B, 4 D)
+            x = x + linear(h * torch.special.ndtr(h), down)                        # (B, D); h * ndtr(h) is GELU
+        cache.filled = place + 1
+        return norm(x, self.norm)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V)."""
         return F.linear(hidden, self.tokens.weight)
@@ -250,9 +273,11 @@ class GPT(nn.Module, PyTorchModelHubMixin):
         cache = self.cache(batch, start + steps) if use_cache else None
         try:
             for end in range(start, start + steps):
-                unread = tokens[:, cache.filled : end] if use_cache else tokens[:, :end]
-                logits = self.logits(self.hidden(unread, cache)[:, -1])               # (B, V)
-                tokens[:, end] = sample(logits, temperature, top_k, top_p, generator)
+                if use_cache and end > start:
+                    hidden = self.decode_one(tokens[:, end - 1], cache)               # (B, D)
+                else:
+                    hidden = self.hidden(tokens[:, :end], cache)[:, -1]               # (B, D)
+                tokens[:, end] = sample(self.logits(hidden), temperature, top_k, top_p, generator)
                 yield tokens[:, : end + 1]
         finally:
             self.train(was_training)

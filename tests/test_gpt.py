@@ -1,6 +1,7 @@
 """The transformer, its cache and its sampler: properties, and equality with libraries and with nanoGPT's format."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_cached_logits_equal_uncached(model, pieces):
     a, cache = tokens(), model.cache(3)
     cached = torch.cat([model(part, cache) for part in a.split(pieces, dim=1)], dim=1)
     assert_close(cached, model(a), rtol=1e-4, atol=1e-5)
+    assert cache.filled == 24
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_decoding_one_token_equals_the_model(model, bias):
+    if bias:
+        torch.manual_seed(1)
+        model = GPT(replace(model.config, bias=True)).eval()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+    a, cache = tokens(), model.cache(3)
+    model.hidden(a[:, :5], cache)  # the prompt in one go, the rest one by one
+    decoded = torch.stack([model.decode_one(token, cache) for token in a[:, 5:].unbind(1)], dim=1)
+    assert_close(decoded, model.hidden(a)[:, 5:], rtol=1e-4, atol=1e-5)
     assert cache.filled == 24
 
 

@@ -15,14 +15,19 @@ def step_time(models: dict, length: int, windows: int, use_cache: bool, repetiti
     """
     places = torch.linspace(1, length - 1, windows).long().tolist()
     caches = {name: model.cache(batch, length) if use_cache else None for name, (model, batch) in models.items()}
+    for cache in filter(None, caches.values()):
+        for tensor in cache.keys + cache.values:
+            tensor.normal_()  # memory that was never written is not really read
     curve = {name: [] for name in models}
     for place in places:
 
         def draw_one(model, batch, cache):
             if use_cache:
                 cache.filled = place - 1
-            unread = torch.zeros(batch, 1 if use_cache else place, dtype=torch.int64)
-            draw(model.logits(model.hidden(unread, cache)[:, -1]).float().softmax(-1))
+                hidden = model.decode_one(torch.zeros(batch, dtype=torch.int64), cache)
+            else:
+                hidden = model.hidden(torch.zeros(batch, place, dtype=torch.int64))[:, -1]
+            draw(model.logits(hidden).float().softmax(-1))
 
         functions = {name: lambda m=m, b=b, c=caches[name]: draw_one(m, b, c) for name, (m, b) in models.items()}
         for name, value in medians(functions, repetitions, repeat=8 if use_cache else 1).items():
@@ -50,7 +55,7 @@ def rows(quick: bool = False) -> list[Row]:
     published = step_time({"published": (model, 1)}, length, windows, use_cache=False, repetitions=2)["published"] * (length - 1)
     tokens = torch.randint(model.config.vocab_size, (1, length))
     cache = model.cache(1, length)
-    one_by_one = torch.cat([model(token, cache) for token in tokens.split(1, dim=1)], dim=1)
+    one_by_one = torch.stack([model.logits(model.decode_one(token, cache)) for token in tokens.unbind(1)], dim=1)
     difference = (one_by_one - model(tokens)).abs().max().item()
 
     half = GPT(model.config).eval().bfloat16()
