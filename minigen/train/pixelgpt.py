@@ -68,7 +68,7 @@ PRESETS = {
                    sample_at=(1, 3), samples=4),
     "demo": Config("demo"),  # two CPU cores, half a minute
     "cpu": Config("cpu", size=24, train_images=12_000, val_images=256, steps=1500, batch_size=8, lr=3e-3, warmup=50,
-                  sample_at=(25, 50, 100, 200, 400, 800, 1500), samples=12),  # one CPU core, an hour
+                  sample_at=(25, 50, 100, 200, 400, 800, 1500), samples=12),  # one CPU core, half an hour
     "full": Config("full", **LARGE),  # one GPU
     "paper": Config("paper", **LARGE, sequences="windows"),  # the published run, slips included
 }
