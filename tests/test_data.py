@@ -391,7 +391,7 @@ def test_folder_of_images_side_by_side(photographs):
 
 
 def test_folder_with_metadata(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
     datasets.disable_progress_bars()
     texts = ["forest, river, mountains", "lake,trees", "forest"] * 4
     with open(tmp_path / "metadata.jsonl", "w") as file:
@@ -518,6 +518,21 @@ def test_imagenette_as_it_lies_on_disk(tmp_path):
     assert train[5].caption == "church" and train[5].image.shape == (3, 16, 16)
 
 
+def test_imagenet_as_torchvision_unpacks_it(tmp_path):
+    """The folders and the `meta.bin` that torchvision makes of ImageNet's archives."""
+    names = {"n01440764": ("tench", "Tinca tinca"), "n03028079": ("church", "church building")}
+    root = tmp_path / "imagenet"
+    for split, count in (("train", 3), ("val", 2)):
+        for wnid in names:
+            (root / split / wnid).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (20, 16), (0, 0, 255)).save(root / split / wnid / f"{n}.jpeg")
+    torch.save((names, ["n01440764"] * 2 + ["n03028079"] * 2), root / "meta.bin")
+    train, val = (load_dataset("imagenet", 16, split, root=tmp_path) for split in ("train", "val"))
+    assert len(train) == 6 and len(val) == 4 and train.classes == ("tench", "church")
+    assert val[3].caption == "church" and val[3].image.shape == (3, 16, 16)
+
+
 def test_nature_landscape_asks_for_its_library_only_when_needed(tmp_path, monkeypatch):
     code = "import sys; import minigen.data; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -527,7 +542,7 @@ def test_nature_landscape_asks_for_its_library_only_when_needed(tmp_path, monkey
 
 
 def test_nature_landscape_rows(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
     rows = {"image": [Image.new("RGB", (10, 10), (n, 0, 0)) for n in range(20)], "text": ["forest, river"] * 20}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict(rows, features=features)
