@@ -46,13 +46,13 @@ class Config:
     dim: int = 128  # width
     dropout: float = 0.0  # share of activations left out in training
     data: str = "landscapes"  # a data set's name, or a folder of pictures
-    train_images: int = 288  # how many pictures to draw or read for training
+    train_images: int = 400  # how many pictures to draw or read for training
     val_images: int = 64  # and for the evaluation
-    steps: int = 36  # optimizer steps
+    steps: int = 50  # optimizer steps
     batch_size: int = 8  # pictures a step
     lr: float = 4e-3  # highest learning rate
     warmup: int = 10  # steps until it is reached
-    sample_at: tuple[int, ...] = (4, 9, 18, 36)  # steps after which to evaluate and draw
+    sample_at: tuple[int, ...] = (5, 12, 25, 50)  # steps after which to evaluate and draw
     samples: int = 8  # pictures to draw each time
     seed: int = 0  # of weights, order of the pictures, and drawing
     out: Path = Path("runs/pixelgpt")  # checkpoint, pictures and result.json go here
