@@ -43,9 +43,10 @@ def train(arguments: list[str]) -> None:
     """python -m minigen train CHAPTER [--preset NAME] [options]"""
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(f"usage: {train.__doc__}\nchapters: {', '.join(chapters())}; `train CHAPTER --help` lists its options")
+    import torch
     import tyro
 
-    from minigen.training import pick_preset
+    from minigen.training import is_main_process, pick_preset
 
     module, preset = script(arguments[0]), option(arguments[1:], "preset") or pick_preset()
     if preset not in module.PRESETS:
@@ -53,6 +54,10 @@ def train(arguments: list[str]) -> None:
     config = tyro.cli(module.Config, default=module.PRESETS[preset], args=arguments[1:], prog=f"minigen train {arguments[0]}",
                       description=f"{module.__doc__}\n\nPresets: {', '.join(module.PRESETS)}. Shown are the defaults of {preset!r}.")
     result = module.main(config)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not is_main_process():
+        return
     print(json.dumps(result["metrics"], indent=1))
     print(f"{config.out}: the checkpoint, the pictures and result.json. Draw with: python -m minigen sample {config.out}")
 

@@ -360,22 +360,26 @@ def load_dataset(name_or_path: str | Path, size: int, split: str = "train", leng
 
 # %% ../nbs/00_images_as_sequences.ipynb #cc613deb
 def endless_batches(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None,
-                    num_workers: int = 0) -> Iterator[Item]:
-    """Batches of a data set forever, as `Item`s of stacked images; each pass in a new order from `generator`.
+                    num_workers: int = 0, start: int = 0, share: slice = slice(None)) -> Iterator:
+    """Batches of a data set forever, each pass in a new order from `generator`.
 
-    A pass leaves out what does not fill a batch. The order does not depend on `num_workers`.
-    ValueError if the data set is smaller than one batch.
+    Items are collated as torch does: `Item`s become an `Item` of stacked images. A pass leaves out what does not fill a
+    batch. The order does not depend on `num_workers`. The first `start` batches are left out without being read, which
+    is how a run goes on where it stopped; `share` says which items of each batch to read, so that several processes can
+    divide it. ValueError if the data set is smaller than one batch.
     """
     if len(dataset) < batch_size:
         raise ValueError(f"the data set has {len(dataset)} items, too few for one batch of {batch_size}: "
                          "take a smaller batch or more data")
-    order = shuffled_batches(len(dataset), batch_size, generator)
+    order = (batch[share] for batch in shuffled_batches(len(dataset), batch_size, generator, start))
     # the loader's own generator only seeds workers; with one of its own the global random state stays as it is
     return iter(DataLoader(dataset, batch_sampler=order, num_workers=num_workers, generator=torch.Generator()))
 
 
-def shuffled_batches(count, batch_size, generator):
-    """Lists of `batch_size` of the numbers below `count`, forever; each pass in a new order."""
+def shuffled_batches(count, batch_size, generator, start=0):
+    """Lists of `batch_size` of the numbers below `count`, forever, from batch `start` on; each pass in a new order."""
+    in_a_pass = count // batch_size
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order[:count - count % batch_size].view(-1, batch_size).tolist()
+        yield from order[:in_a_pass * batch_size].view(-1, batch_size)[start:].tolist()
+        start = max(0, start - in_a_pass)

@@ -585,6 +585,35 @@ def test_worker_processes_give_the_same_batches(tmp_path):
         assert torch.equal(next(here).image, next(there).image)
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 5, 7])
+def test_batches_start_in_the_middle_without_reading_what_was_before(start):
+    class Numbers(torch.utils.data.Dataset):
+        read = []
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return index
+
+    whole = endless_batches(Numbers(), 4, torch.Generator().manual_seed(1))
+    expected = [next(whole).tolist() for _ in range(9)][start:]
+    Numbers.read.clear()
+    late = endless_batches(Numbers(), 4, torch.Generator().manual_seed(1), start=start)
+    assert [next(late).tolist() for _ in expected] == expected
+    assert Numbers.read == sum(expected, [])
+
+
+def test_processes_share_each_batch():
+    shares = [endless_batches(list(range(9)), 4, torch.Generator().manual_seed(1), start=1, share=slice(rank, None, 2)) for rank in (0, 1)]
+    whole = endless_batches(list(range(9)), 4, torch.Generator().manual_seed(1), start=1)
+    for _ in range(5):
+        parts = [next(share).tolist() for share in shares]
+        assert [len(part) for part in parts] == [2, 2]
+        assert sorted(parts[0] + parts[1]) == sorted(next(whole).tolist())
+
+
 def test_fewer_items_than_a_batch():
     with pytest.raises(ValueError, match="3 items.*batch of 4"):
         endless_batches(Landscapes(16, 3), 4)

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from minigen.data import Item
 from minigen.pixelgpt import (
     ColorTokenizer,
     PixelGPT,
     PixelGPTConfig,
-    cut_windows,
+    TokenDataset,
+    WindowDataset,
     explained_by_group,
     neighbour_correlation,
     next_pixel_loss,
@@ -100,19 +102,28 @@ def test_loss_is_that_of_the_next_pixel():
 
 def test_windows_drift_by_one_pixel_a_picture():
     pictures = torch.arange(6 * 16).view(6, 16)  # six pictures of 16 pixels, all numbered
-    pieces = next(cut_windows(iter([pictures]), 15, 6))
-    assert pieces.shape == (6, 16)
-    for i, piece in enumerate(pieces):
-        assert piece.tolist() == list(range(15 * i, 15 * i + 16))
-    # nothing is lost between the batches
-    many = torch.cat([p[:, :-1].flatten() for p in cut_windows(iter(pictures.split(2)), 15, 2)])
-    assert many.tolist() == list(range(len(many))) and len(many) == 90
+    pieces = WindowDataset(pictures, 15)
+    assert len(pieces) == 6
+    for i in range(6):
+        assert pieces[i].tolist() == list(range(15 * i, 15 * i + 16))
+    with pytest.raises(IndexError, match="6 pieces"):
+        pieces[6]
+    longer = WindowDataset(pictures, 20)  # a piece may be longer than a picture
+    assert [piece.tolist() for piece in (longer[0], longer[3])] == [list(range(21)), list(range(60, 81))]
 
 
-def test_whole_pictures_train_and_windows_train(tmp_path):
+def test_pictures_as_sequences():
+    pictures = [Item(image, 0, "") for image in images(3, 4, 6)]
+    tokenizer = ColorTokenizer(4)
+    tokens = TokenDataset(pictures, tokenizer)
+    assert len(tokens) == 3
+    assert torch.equal(torch.stack([tokens[n] for n in range(3)]), tokenizer.encode(images(3, 4, 6)))
+
+
+def test_whole_pictures_train_and_windows_train():
     model = PixelGPT(TINY)
     tokens = model.tokenizer.encode(images(4, 6, 6))
-    for batch in (tokens, next(cut_windows(iter([tokens]), 35, 3))):
+    for batch in (tokens, WindowDataset(tokens, 35)[2][None]):
         loss = next_pixel_loss(model, batch)
         loss.backward()
         assert torch.isfinite(loss)

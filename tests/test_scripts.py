@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from minigen.__main__ import chapters, main, script
 from minigen.data import load_dataset
-from minigen.pixelgpt import PixelGPT
-from minigen.training import load_checkpoint, shipped_result
+from minigen.pixelgpt import PixelGPT, TokenDataset, next_pixel_loss
+from minigen.training import evaluate, load_checkpoint, shipped_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +37,7 @@ def trained(tmp_path_factory):
 
 def test_train_writes_checkpoint_pictures_and_result(trained):
     names = {p.name for p in (trained / "run").iterdir()}
-    assert names == {"model.safetensors", "config.json", "result.json", "step-00001.png", "step-00003.png"}
+    assert names == {"model.safetensors", "config.json", "result.json", "log.jsonl", "step-00001.png", "step-00003.png"}
     result = json.loads((trained / "run/result.json").read_text())
     assert {"command", "commit", "preset", "hardware", "minutes", "seed", "dataset", "date", "versions", "metrics"} <= set(result)
     assert result["preset"] == "test" and [h["step"] for h in result["history"]] == [1, 3]
@@ -77,7 +76,7 @@ def test_shipped_checkpoints_give_the_loss_of_their_result(checkpoint):
     config = module.Config(**{name: about["config"][name] for name in ("preset", "size", "val_images", "batch_size", "seed", "data")})
     val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
     model = load_checkpoint(PixelGPT, checkpoint)
-    loss = module.evaluate(model, torch.stack([item.image for item in val]), config.batch_size)
+    loss = evaluate(model, TokenDataset(val, model.tokenizer), next_pixel_loss, config.batch_size)
     assert loss == pytest.approx(about["metrics"]["val_loss"], abs=2e-3)
 
 
@@ -129,10 +128,59 @@ def test_the_published_form_runs(tmp_path):
     assert json.loads((tmp_path / "w/result.json").read_text())["config"]["sequences"] == "windows"
 
 
-def test_a_run_is_the_same_twice(tmp_path):
-    for name in "ab":
-        run("train", "pixelgpt", "--preset", "test", "--out", name, cwd=tmp_path)
-    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+def same_but_for_the_clock(a, b):
+    """Whether two runs wrote the same weights, pictures and figures."""
+    for path in [*a.glob("*.png"), a / "model.safetensors", a / "config.json"]:
+        assert path.read_bytes() == (b / path.name).read_bytes(), path.name
+    one, other = (json.loads((folder / "result.json").read_text()) for folder in (a, b))
+    for result in (one, other):
+        del result["minutes"], result["metrics"]["tokens_per_second"], result["config"]["out"], result["config"]["resume"]
+    assert one == other
+
+
+def test_a_run_is_the_same_twice_and_when_it_was_killed(trained):
+    run("train", "pixelgpt", "--preset", "test", "--out", "again", cwd=trained)
+    same_but_for_the_clock(trained / "run", trained / "again")
+    code = """
+import os, signal, sys
+from minigen.train import pixelgpt
+real = pixelgpt.save_grid
+def deadly(images, path, **options):  # in the middle of the second look
+    if "00003" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(images, path, **options)
+pixelgpt.save_grid = deadly
+from minigen.__main__ import main
+main(sys.argv[1:])
+"""
+    arguments = ["train", "pixelgpt", "--preset", "test", "--out", "killed"]
+    assert subprocess.run([sys.executable, "-c", code, *arguments], cwd=trained).returncode == -9
+    done = subprocess.run([sys.executable, "-m", "minigen", *arguments], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 2 and "stopped after step 2: go on with it by resume=True (--resume)" in done.stderr
+    assert "Traceback" not in done.stderr
+    run(*arguments, "--resume", cwd=trained)
+    same_but_for_the_clock(trained / "run", trained / "killed")
+
+
+def test_the_script_trains_on_two_processes(trained):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigen", "train", "pixelgpt"]
+    done = subprocess.run([*command, "--preset", "test", "--precision", "float32", "--out", "two"], cwd=trained, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bits_per_pixel") == 1, "only the first process prints"
+    run("train", "pixelgpt", "--preset", "test", "--precision", "float32", "--out", "one", cwd=trained)
+    one, two = (json.loads((trained / name / "result.json").read_text())["history"] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4) and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+
+
+def test_the_options_of_the_loop(tmp_path):
+    run("train", "pixelgpt", "--preset", "test", "--ema", "0.9", "--accumulate", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
+    assert list((tmp_path / "run/tensorboard").iterdir())
+    command = json.loads((tmp_path / "run/result.json").read_text())["command"]
+    assert command == "python -m minigen train pixelgpt --preset test --accumulate 2 --ema 0.9 --tensorboard"
+    run(*command.split()[3:], "--out", "again", cwd=tmp_path)
+    same_but_for_the_clock(tmp_path / "run", tmp_path / "again")
 
 
 def test_bench_prints_ratios_for_machines(tmp_path):

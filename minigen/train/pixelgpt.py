@@ -1,19 +1,20 @@
 """Train the GPT over pixels of chapter 1, drawing pictures along the way."""
 
 import math
-from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch.utils.data import Dataset
 
-from minigen.data import endless_batches, load_dataset
+from minigen.data import load_dataset
 from minigen.pixelgpt import (
     PixelGPT,
     PixelGPTConfig,
-    cut_windows,
+    TokenDataset,
+    WindowDataset,
     neighbour_correlation,
     next_pixel_loss,
     row_statistics_distance,
@@ -21,12 +22,17 @@ from minigen.pixelgpt import (
 from minigen.show import save_grid
 from minigen.training import (
     FitConfig,
+    clear_state,
     command_line,
     describe_run,
+    evaluate,
     fit,
+    is_main_process,
     load_checkpoint,
+    looks,
     pick_device,
     progress,
+    read_log,
     save_checkpoint,
     write_json,
 )
@@ -49,11 +55,19 @@ class Config:
     train_images: int = 400  # how many pictures to draw or read for training
     val_images: int = 64  # and for the evaluation
     steps: int = 50  # optimizer steps
-    batch_size: int = 8  # pictures a step
+    batch_size: int = 8  # pictures a batch, over all processes together
+    accumulate: int = 1  # batches a step
     lr: float = 4e-3  # highest learning rate
     warmup: int = 10  # steps until it is reached
+    ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
+    compile: bool = False  # torch.compile the step
     sample_at: tuple[int, ...] = (5, 12, 25, 50)  # steps after which to evaluate and draw
     samples: int = 8  # pictures to draw each time
+    save_every: int = 25  # steps between the states from which a run that was stopped can go on
+    resume: bool = False  # go on from the last state in `out`, where there is one
+    workers: int = 0  # processes that read the pictures ahead
+    tensorboard: bool = False  # write TensorBoard's files to `out`
     seed: int = 0  # of weights, order of the pictures, and drawing
     out: Path = Path("runs/pixelgpt")  # checkpoint, pictures and result.json go here
 
@@ -61,78 +75,77 @@ class Config:
 # The published pictures were drawn after these many steps of the published run.
 PUBLISHED_STEPS = (200, 400, 800, 1600, 3000, 6000, 10_000)
 LARGE = dict(size=64, train_images=50_000, val_images=1000, steps=10_000, batch_size=16, lr=1e-3, warmup=100,
-             sample_at=PUBLISHED_STEPS)
+             sample_at=PUBLISHED_STEPS, save_every=500)
 
 PRESETS = {
     "test": Config("test", size=16, depth=1, heads=2, dim=16, train_images=16, val_images=8, steps=3, batch_size=4, warmup=1,
-                   sample_at=(1, 3), samples=4),
+                   sample_at=(1, 3), samples=4, save_every=1),
     "demo": Config("demo"),  # two CPU cores, half a minute
     "cpu": Config("cpu", size=24, train_images=12_000, val_images=256, steps=1500, batch_size=8, lr=3e-3, warmup=50,
-                  sample_at=(25, 50, 100, 200, 400, 800, 1500), samples=12),  # one CPU core, half an hour
+                  sample_at=(25, 50, 100, 200, 400, 800, 1500), samples=12, save_every=100),  # one CPU core, half an hour
     "full": Config("full", **LARGE),  # one GPU
     "paper": Config("paper", **LARGE, sequences="windows"),  # the published run, slips included
 }
 
 
-def token_batches(config: Config, model: PixelGPT) -> Iterator[Tensor]:
-    """Endless batches of tokens (B, T) for training: whole pictures, or windows as the published run cut them."""
-    dataset = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = endless_batches(dataset, config.batch_size, generator)
-    tokens = (model.tokenizer.encode(batch.image) for batch in batches)
-    return cut_windows(tokens, config.size**2 - 1, config.batch_size) if config.sequences == "windows" else tokens
-
-
-@torch.inference_mode()
-def evaluate(model: PixelGPT, images: Tensor, batch_size: int) -> float:
-    """Mean cross entropy in nats a pixel over images (B, 3, H, W), the first pixel of each given."""
-    device = next(model.parameters()).device
-    model.eval()
-    losses = [next_pixel_loss(model, model.tokenizer.encode(part).to(device)).item() * len(part)
-              for part in images.split(batch_size)]
-    return sum(losses) / len(images)
+def sequences(config: Config, model: PixelGPT) -> Dataset:
+    """The training data as tokens (T,): whole pictures, or windows as the published run cut them."""
+    pictures = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
+    tokens = TokenDataset(pictures, model.tokenizer)
+    return WindowDataset(tokens, config.size**2 - 1) if config.sequences == "windows" else tokens
 
 
 def main(config: Config) -> dict:
-    """Train, write the checkpoint, the pictures and `result.json` to `config.out`, and return the result."""
+    """Train, write the checkpoint, the pictures and `result.json` to `config.out`, and return the result.
+
+    Of several processes the first one evaluates, draws and writes; the others return an empty result.
+    """
     torch.manual_seed(config.seed)
     device = pick_device()
     model = PixelGPT(PixelGPTConfig(config.size, config.bits, config.positions, config.depth, config.heads, config.dim,
                                     config.dropout)).to(device)
+    average = deepcopy(model) if config.ema else None
+    drawn = model if average is None else average  # the one to evaluate, to draw with and to keep
     val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
     val_images = torch.stack([item.image for item in val])
     prompt = model.tokenizer.encode(val_images[: config.samples])[:, :1]  # their first pixels
 
-    tokens_per_step = config.batch_size * (config.size**2 - 1)
-    records = fit(model, token_batches(config, model), next_pixel_loss,
-                  FitConfig(config.steps, config.lr, config.warmup))
-    history, train_loss = [], []
+    recipe = FitConfig(config.steps, config.batch_size, config.accumulate, config.lr, config.warmup, ema=config.ema,
+                       precision=config.precision, compile=config.compile, seed=config.seed, look_at=config.sample_at,
+                       save_every=config.save_every, workers=config.workers, tensorboard=config.tensorboard)
+    records = fit(model, sequences(config, model), next_pixel_loss, recipe, average=average, folder=config.out,
+                  resume=config.resume, settings={"data": config.data, "sequences": config.sequences})
+    tokens_per_step = config.batch_size * config.accumulate * (config.size**2 - 1)
     for record in progress(records, config.steps, tokens_per_step, f"pixelgpt {config.preset}"):
-        train_loss.append(record.loss)
-        if record.step in config.sample_at or record.step == config.steps:
+        if record.look and is_main_process():
             generator = torch.Generator(device).manual_seed(config.seed)
-            images = model.draw(prompt, generator=generator).cpu()
+            images = drawn.draw(prompt, generator=generator).cpu()
             save_grid(images, config.out / f"step-{record.step:05d}.png", columns=config.samples, scale=max(1, 128 // config.size))
-            save_checkpoint(model, config.out)
-            history.append({"step": record.step, "train_loss": sum(train_loss) / len(train_loss),
-                            "val_loss": evaluate(model, val_images, config.batch_size),
-                            "row_statistics_distance": row_statistics_distance(images, val_images)})
-            train_loss = []
+            save_checkpoint(drawn, config.out)
+            along_rows, along_columns = neighbour_correlation(images)
+            record.metrics.update(
+                val_loss=evaluate(drawn, TokenDataset(val, model.tokenizer), next_pixel_loss, config.batch_size),
+                row_statistics_distance=row_statistics_distance(images, val_images),
+                correlation_along_rows=along_rows, correlation_along_columns=along_columns,
+            )
+    if not is_main_process():
+        return {}
 
-    along_rows, along_columns = neighbour_correlation(images)
-    bits = history[-1]["val_loss"] / math.log(2)
+    log = read_log(config.out)
+    last, bits = log[-1], log[-1]["val_loss"] / math.log(2)
     result = describe_run(
         command=command_line("pixelgpt", config, PRESETS[config.preset]), script="pixelgpt", preset=config.preset,
-        minutes=round(record.seconds / 60, 2), seed=config.seed, dataset=config.data,
+        minutes=round(last["seconds"] / 60, 2), seed=config.seed, dataset=config.data,
         metrics={
-            "val_loss": history[-1]["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
+            "val_loss": last["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_per_second": record.step * tokens_per_step / record.seconds,
-            "correlation_along_rows": along_rows, "correlation_along_columns": along_columns,
+            "tokens_per_second": config.steps * tokens_per_step / last["seconds"],
+            "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
         },
-        config=asdict(config) | {"out": str(config.out)}, history=history,
+        config=asdict(config) | {"out": str(config.out)}, history=looks(log),
     )
     write_json(config.out / "result.json", result)
+    clear_state(config.out)
     return result
 
 
