@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
@@ -444,6 +445,8 @@ class Trainer:
                 self.accelerator.backward(value)
             total += value.detach()
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip)
+        if isinstance(norm, DTensor):  # of parts that FSDP has divided
+            norm = norm.full_tensor()
         return self.accelerator.reduce(total, "mean").item(), norm.item()
 
     def step(self, number: int) -> None:

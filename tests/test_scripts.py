@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from minigen.__main__ import chapters, main, script
@@ -181,6 +182,25 @@ def test_the_options_of_the_loop(tmp_path):
     assert command == "python -m minigen train pixelgpt --preset test --accumulate 2 --ema 0.9 --tensorboard"
     run(*command.split()[3:], "--out", "again", cwd=tmp_path)
     same_but_for_the_clock(tmp_path / "run", tmp_path / "again")
+
+
+def test_bench_of_training(tmp_path, monkeypatch):
+    from minigen.bench import training
+
+    rows = {row["case"]: row for row in json.loads(run("bench", "training", "--quick", "--json", cwd=tmp_path))["rows"]}
+    assert next(row for case, row in rows.items() if "difference" in case)["value"] < 1e-4
+    memory = next(row for case, row in rows.items() if "peak memory" in case)
+    assert 0.1 < memory["value"] < 0.8, "1024 places; the target of 0.55 is for 4096"
+    # the rows of a GPU, on the processor and with a compiler back end that needs none
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="aot_eager"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    cases = {row.case: row for row in training.gpu_rows(torch.device("cpu"), 64, 2, 1)}
+    assert [case.split(", ")[-1] for case in cases] == [
+        "not compiled", "not compiled: share of the card's peak", "compiled", "compiled: share of the card's peak"]
+    rate, share = list(cases.values())[:2]
+    weights = 4096 * 128 + 4 * 12 * 128**2 + 9 * 128  # embedding, blocks, norms
+    assert share.value == pytest.approx(rate.value * (6 * weights + 12 * 4 * 128 * 64) / 989e12)
 
 
 def test_bench_prints_ratios_for_machines(tmp_path):

@@ -187,7 +187,7 @@ def shard():
         accelerator.prepare = prepare
         accelerator.state.distributed_type = DistributedType.FSDP
         Accelerator.no_sync = lambda self, model: __import__("contextlib").nullcontext()
-        accelerator.clip_grad_norm_ = lambda parameters, clip: nn.utils.clip_grad_norm_(parameters, clip).full_tensor()
+        accelerator.clip_grad_norm_ = lambda parameters, clip: nn.utils.clip_grad_norm_(parameters, clip)
         return accelerator
 
     training.start_accelerator = start_sharded

@@ -80,13 +80,9 @@ def highest_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def gpu_rows(length: int, repetitions: int) -> list[Row]:
-    """Tokens a second and the share of the card's peak on a GPU, with and without compilation; none without a GPU."""
-    device = pick_device()
-    if device.type != "cuda":
-        return []
-    rows, batch = [], 16
-    model = GPT(GPTConfig())
+def gpu_rows(device: torch.device, length: int, batch: int, repetitions: int) -> list[Row]:
+    """Tokens a second and, of a card whose peak is known, the share of it; with and without compilation."""
+    rows, model = [], GPT(GPTConfig())
     # PaLM (Chowdhery et al. 2022), appendix B: 6 for each weight that multiplies, and the attention
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("positions"))
     flops = 6 * weights + 12 * model.config.depth * model.config.dim * length
@@ -94,7 +90,7 @@ def gpu_rows(length: int, repetitions: int) -> list[Row]:
     peak = next((flops for card, flops in PEAK.items() if card in name), None)
     for compiled in (False, True):
         step = Step("pieces", torch.bfloat16, length, batch, device, compiled)
-        rate = batch * length / medians({"step": step}, repetitions, repeat=5)["step"]
+        rate = batch * length / medians({"step": step}, repetitions)["step"]  # a step ends by reading its loss
         case = f"{name}, bfloat16, {'compiled' if compiled else 'not compiled'}"
         rows.append(Row(case, rate, "tokens/s"))
         if peak:
@@ -123,7 +119,7 @@ def rows(quick: bool = False) -> list[Row]:
             note=f"{length / time['bfloat16']:,.0f} tokens/s, +{peak['pieces', 'bfloat16'] / 1e6:.0f} MB{slow}"),
         Row("training in bfloat16, against ours in float32", time["pieces"] / time["bfloat16"], "x", target(1.4)),
         Row("difference of the first losses", difference, "", 1e-4, at_least=False),
-        *gpu_rows(length, repetitions),
+        *(gpu_rows(pick_device(), length, 16, repetitions) if torch.cuda.is_available() else []),
     ]
 
 

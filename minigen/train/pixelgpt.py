@@ -81,9 +81,9 @@ PRESETS = {
     "test": Config("test", size=16, depth=1, heads=2, dim=16, train_images=16, val_images=8, steps=3, batch_size=4, warmup=1,
                    sample_at=(1, 3), samples=4, save_every=1),
     "demo": Config("demo"),  # two CPU cores, half a minute
-    "cpu": Config("cpu", size=24, train_images=12_000, val_images=256, steps=1500, batch_size=8, lr=3e-3, warmup=50,
+    "cpu": Config("cpu", size=24, train_images=12_000, val_images=256, steps=1500, batch_size=8, lr=3e-3, warmup=50, ema=0.99,
                   sample_at=(25, 50, 100, 200, 400, 800, 1500), samples=12, save_every=100),  # one CPU core, half an hour
-    "full": Config("full", **LARGE),  # one GPU
+    "full": Config("full", **LARGE, ema=0.999),  # one GPU
     "paper": Config("paper", **LARGE, sequences="windows"),  # the published run, slips included
 }
 
