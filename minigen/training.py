@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['WHOLE', 'pick_device', 'pick_preset', 'pick_dtype', 'FitConfig', 'learning_rate', 'decay_groups', 'follow',
            'evaluate', 'linear_cross_entropy', 'random_state', 'set_random_state', 'write_json', 'written_whole',
-           'last_state', 'clear_state', 'differences', 'save_state', 'find_state', 'naming_the_last_state',
-           'what_is_left', 'Record', 'read_log', 'looks', 'cut_log', 'write_record', 'summary_writer', 'Objective',
-           'is_main_process', 'start_accelerator', 'Trainer', 'fit', 'all_settings', 'progress', 'save_checkpoint',
-           'read_config', 'load_checkpoint', 'hardware', 'command_line', 'describe_run', 'ship', 'shipped',
-           'shipped_result']
+           'press', 'remove_whole', 'last_state', 'clear_state', 'differences', 'save_state', 'find_state',
+           'naming_the_last_state', 'what_is_left', 'Record', 'read_log', 'looks', 'cut_log', 'write_record',
+           'summary_writer', 'Objective', 'is_main_process', 'start_accelerator', 'Trainer', 'fit', 'progress',
+           'save_checkpoint', 'read_config', 'load_checkpoint', 'hardware', 'command_line', 'describe_run', 'ship',
+           'shipped', 'shipped_result']
 
 # %% ../nbs/02_training.ipynb #0092739d
 import contextlib
@@ -227,13 +227,29 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            press(path)
         os.replace(temporary, folder)
+        press(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def press(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder so that a kill on the way leaves nothing of its name."""
+    going = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 # %% ../nbs/02_training.ipynb #c9fd0508
 def last_state(folder: Path) -> Path | None:
@@ -243,7 +259,9 @@ def last_state(folder: Path) -> Path | None:
 
 def clear_state(folder: Path) -> None:
     """Remove the states of a run that has come to its end."""
-    for path in [*folder.glob("state-*"), *folder.glob(".writing-state-*")]:
+    for path in folder.glob("state-*"):
+        remove_whole(path)
+    for path in folder.glob(".writing-state-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -271,7 +289,7 @@ def save_state(folder: Path, settings: dict, state: dict) -> None:
         write_json(temporary / "settings.json", settings)
     for old in folder.glob("state-*"):
         if old.name < name:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_whole(old)
 
 
 def find_state(folder: Path, resume: bool, settings: dict) -> dict | None:
@@ -403,7 +421,10 @@ def start_accelerator(device: torch.device) -> Accelerator:
     on_processors = device.type == "cpu" and "RANK" in os.environ
     return Accelerator(cpu=on_processors, device_placement=False, kwargs_handlers=[patience])
 
-# %% ../nbs/02_training.ipynb #337f6460
+# %% ../nbs/02_training.ipynb #a9089083
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # one file for any number of processes
+
+
 class Trainer:
     """Model, optimizer and processes: what takes a step, and what must be saved to take the next."""
 
@@ -464,6 +485,14 @@ class Trainer:
             whole = get_model_state_dict(self.objective, options=StateDictOptions(full_state_dict=True))
             self.model.load_state_dict({name.removeprefix("model."): w for name, w in whole.items()})
 
+    def settings(self) -> dict:
+        """What must be the same when a run goes on; reading ahead, saving and logging may be changed."""
+        recipe = asdict(self.config) | {"precision": str(self.dtype).removeprefix("torch.")}
+        for name in ("save_every", "workers", "tensorboard"):
+            del recipe[name]
+        shape = asdict(self.model.config) if hasattr(self.model, "config") else {}
+        return {"fit": recipe, "averaged": self.average is not None, "model": shape}
+
     def state(self) -> dict:
         """Weights, moments, averages and random states; whole, also where FSDP has divided them."""
         weights, moments = get_state_dict(self.objective, self.optimizer.optimizer, options=WHOLE)
@@ -482,9 +511,7 @@ class Trainer:
             warnings.warn(f"the run was saved by {len(state['random'])} processes and there are {self.processes} "
                           "now: the order of the data goes on, but what is drawn at random, as by dropout, is "
                           "not what it would have been")
-
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # one file for any number of processes
+        self.gather()
 
 # %% ../nbs/02_training.ipynb #7fdb9f0f
 def fit(
@@ -505,8 +532,9 @@ def fit(
     OSError where the disk is full; ValueError where a run would be overwritten, continued with other settings,
     or divided unevenly.
     """
+    folder = None if folder is None else Path(folder)
     trainer = Trainer(model, loss, config, average)
-    settings = all_settings(config, model, average, data) | (settings or {})
+    settings = trainer.settings() | {"items": len(data)} | (settings or {})
     settings = json.loads(json.dumps(settings, default=str))  # as they are read back: tuples become lists
     done, seconds, writer = 0, 0.0, None
     if state := folder and find_state(folder, resume, settings):
@@ -536,22 +564,15 @@ def fit(
 
         if folder is None:
             continue
-        with naming_the_last_state(folder, step):
-            if is_main_process():
+        save = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        state = trainer.state() | {"step": step, "seconds": seconds} if save else None  # of all processes
+        if is_main_process():
+            with naming_the_last_state(folder, step):
                 write_record(folder, record, writer)
-            if config.save_every and (step % config.save_every == 0 or step == config.steps):
-                state = trainer.state() | {"step": step, "seconds": seconds}
-                if is_main_process():
+                if save:
                     save_state(folder, settings, state)
-                trainer.accelerator.wait_for_everyone()
-
-
-def all_settings(config: FitConfig, model: nn.Module, average: nn.Module | None, data: Dataset) -> dict:
-    """What must be the same when a run goes on; reading ahead, saving and logging may change."""
-    recipe = {name: value for name, value in asdict(config).items()
-              if name not in ("save_every", "workers", "tensorboard")}
-    shape = asdict(model.config) if hasattr(model, "config") else {}
-    return {"fit": recipe, "items": len(data), "averaged": average is not None, "model": shape}
+        if save:
+            trainer.accelerator.wait_for_everyone()
 
 # %% ../nbs/02_training.ipynb #de04bafc
 def progress(records: Iterable[Record], steps: int, tokens_per_step: int, description: str) -> Iterator[Record]:
