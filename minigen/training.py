@@ -53,7 +53,12 @@ from .data import endless_batches
 
 # %% ../nbs/02_training.ipynb #2c45facc
 def pick_device() -> torch.device:
-    """The fastest device there is: CUDA (of several GPUs that of this process), then Apple's MPS, then the CPU."""
+    """The fastest device there is: CUDA (of several GPUs that of this process), then Apple's MPS, then the CPU.
+
+    `ACCELERATE_USE_CPU=true` in the environment, which `accelerate launch --cpu` sets, means the CPU in any case.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -26,6 +26,7 @@ from minigen.training import (
     linear_cross_entropy,
     load_checkpoint,
     looks,
+    pick_device,
     pick_dtype,
     pick_preset,
     progress,
@@ -379,6 +380,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_device_of_a_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(pick_device()) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(pick_device()) == "cuda:3"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert str(pick_device()) == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device().type in ("cpu", "mps")
 
 
 def test_preset_of_the_environment(monkeypatch):
