@@ -31,28 +31,19 @@ def clean_notebook(notebook: dict) -> dict:
 
 def results_table() -> str:
     """A Markdown table with one row for each file of data/results, and for each script that has no `full` run there."""
-    rows = [
-        "| Run | Preset | Hardware | Minutes | Seed | Measured |",
-        "| --- | --- | --- | ---: | ---: | --- |",
-    ]
+    rows = ["| Run | Made | Measured |", "| --- | --- | --- |"]
     files = sorted((ROOT / "data" / "results").glob("*.json"))
     for file in files:
         run = json.loads(file.read_text())
-        metrics = "<br>".join(
+        metrics = ", ".join(
             f"{name.replace('_', ' ')} **{number(value)}**" for name, value in run.get("metrics", {}).items()
         )
-        cells = (
-            f"`{file.stem}`",
-            run.get("preset"),
-            run.get("hardware"),
-            number(run.get("minutes")),
-            run.get("seed"),
-            metrics,
-        )
-        rows.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
+        made = (f"preset {run.get('preset')}, seed {run.get('seed')}, {number(run.get('minutes'))} minutes on "
+                f"{run.get('hardware')}")
+        rows.append(f"| `{file.stem}` | {made} | {metrics} |")
     for script in sorted((ROOT / "minigen" / "train").glob("*.py")):
         if not script.stem.startswith("_") and not any(file.stem.startswith(f"{script.stem}-full") for file in files):
-            rows.append(f"| `{script.stem}` | full | | | | not measured yet |")
+            rows.append(f"| `{script.stem}` | preset full | not measured yet |")
     commands = [(file.stem, json.loads(file.read_text()).get("command")) for file in files]
     again = "".join(f"- `{name}`: `{command}`\n" for name, command in commands if command)
     return "\n".join(rows) + "\n" + (f"\n## The command of each run\n\n{again}" if again else "")
