@@ -111,13 +111,21 @@ def test_a_run_killed_while_it_writes_goes_on_exactly(moment, uninterrupted, tmp
     assert [path.name for path in tmp_path.glob("*state-*")] == ["state-000000040"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_run_killed_many_times_at_random_ends_exactly(seed, tmp_path):
-    many = ["--steps", 120, *OPTIONS]
-    toy(tmp_path / "whole", *many, "--save-every", 0)
-    kills = int(re.findall(r"(\d+) kills", toy(tmp_path / "killed", *many, "--save-every", 2, "--kills", seed).text)[0])
-    assert kills >= 3
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+MANY = ["--steps", 300, *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_long(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    toy(folder, *MANY, "--save-every", 0)
+    return folder
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_run_killed_many_times_at_random_ends_exactly(seed, uninterrupted_long, tmp_path):
+    killed = toy(tmp_path, *MANY, "--save-every", 2, "--kills", seed)
+    assert int(re.findall(r"(\d+) kills", killed.text)[0]) >= 5
+    assert_same_end(uninterrupted_long, tmp_path)
 
 
 def test_accumulation_and_bfloat16_go_on_exactly(tmp_path):
