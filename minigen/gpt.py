@@ -44,6 +44,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
         self.length, self.filled = length, 0
+        self.weights = None  # of each layer, kept by `GPT.decode_one`
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write `keys` and `values` (B, N, T, D/N) behind what is there; return views of all that is written."""
@@ -215,24 +216,21 @@ class GPT(nn.Module, PyTorchModelHubMixin):
 
     def decode_one(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The last hidden state (B, D) of one more token (B,): what `hidden` does for T = 1, in half as many calls."""
-        batch, place = len(tokens), cache.filled
-
-        def norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
-            return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
-
-        def linear(x: Tensor, module: nn.Linear) -> Tensor:
-            return F.linear(x, module.weight, module.bias)
-
+        if cache.weights is None:  # looking for a weight in a module takes as long as multiplying by it
+            cache.weights = [
+                [(m.weight, m.bias) for m in (b.norm1, b.attention.qkv, b.attention.proj, b.norm2, b.mlp[0], b.mlp[2])]
+                for b in self.blocks
+            ]
+        batch, place, heads, shape = len(tokens), cache.filled, self.config.heads, (self.config.dim,)
         x = F.embedding(tokens, self.tokens.weight) + self.positions(torch.full((1,), place, device=tokens.device))
-        for layer, block in enumerate(self.blocks):
-            attention, (up, _, down, _) = block.attention, block.mlp
-            q, k, v = linear(norm(x, block.norm1), attention.qkv).view(batch, 3, attention.heads, 1, -1).unbind(1)
+        for layer, (norm1, qkv, proj, norm2, up, down) in enumerate(cache.weights):
+            q, k, v = F.linear(F.layer_norm(x, shape, *norm1), *qkv).view(batch, 3, heads, 1, -1).unbind(1)
             y = F.scaled_dot_product_attention(q, *cache.append(layer, k, v))      # (B, N, 1, D/N)
-            x = x + linear(y.view(batch, -1), attention.proj)                      # (B, D)
-            h = linear(norm(x, block.norm2), up)                                   # (B, 4 D)
-            x = x + linear(h * torch.special.ndtr(h), down)                        # (B, D); h * ndtr(h) is GELU
+            x = x + F.linear(y.view(batch, -1), *proj)                             # (B, D)
+            h = F.linear(F.layer_norm(x, shape, *norm2), *up)                      # (B, 4 D)
+            x = x + F.linear(h * torch.special.ndtr(h), *down)                     # (B, D); h * ndtr(h) is GELU
         cache.filled = place + 1
-        return norm(x, self.norm)
+        return F.layer_norm(x, shape, self.norm.weight, self.norm.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) to logits (..., V)."""
