@@ -12,6 +12,7 @@ imports behind it.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -186,7 +187,7 @@ def shard():
         accelerator = start(device)
         accelerator.prepare = prepare
         accelerator.state.distributed_type = DistributedType.FSDP
-        Accelerator.no_sync = lambda self, model: __import__("contextlib").nullcontext()
+        Accelerator.no_sync = lambda self, model: contextlib.nullcontext()
         accelerator.clip_grad_norm_ = lambda parameters, clip: nn.utils.clip_grad_norm_(parameters, clip)
         return accelerator
 
