@@ -106,8 +106,8 @@ class PixelGPT(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.tokenizer = ColorTokenizer(config.bits)
         self.gpt = GPT(GPTConfig(
-            self.tokenizer.vocab_size, config.size**2, config.depth, config.heads, config.dim, config.dropout, config.bias,
-            row_length=config.size if config.positions == "rowcol" else None,
+            config.size**2, config.depth, config.heads, config.dim, config.dropout, config.bias,
+            row_length=config.size if config.positions == "rowcol" else None, vocab_size=self.tokenizer.vocab_size,
         ))
 
     def forward(self, tokens: Tensor) -> Tensor:

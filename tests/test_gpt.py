@@ -65,7 +65,7 @@ def test_decoding_one_token_equals_the_model(model, bias):
             nn.init.normal_(p, std=0.3)
     a, cache = tokens(), model.cache(3)
     model.hidden(a[:, :5], cache)  # the prompt in one go, the rest one by one
-    decoded = torch.stack([model.decode_one(token, cache) for token in a[:, 5:].unbind(1)], dim=1)
+    decoded = torch.stack([model.transform_one(model.tokens(token), cache) for token in a[:, 5:].unbind(1)], dim=1)
     assert_close(decoded, model.hidden(a)[:, 5:], rtol=1e-4, atol=1e-5)
     assert cache.filled == 24
 
@@ -331,7 +331,7 @@ def test_save_and_load(tmp_path, config):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: GPTConfig(dim=30, heads=4), "30 cannot be shared by 4 heads.*3"),
-    (lambda: GPT(SMALL)(tokens(1, 25)), "25 tokens does not fit.*24"),
+    (lambda: GPT(SMALL)(tokens(1, 25)), "25 does not fit.*24"),
     (lambda: GPT(SMALL).generate(tokens(1, 1), 30), "1 given and 30 new.*24.*at most 24"),
     (lambda: GPT(SMALL).generate(tokens(1, 0), 3), "empty"),
     (lambda: GPT(SMALL).generate(tokens(1, 1), 3, temperature=-1), "negative, found -1"),

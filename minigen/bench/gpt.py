@@ -24,7 +24,7 @@ def step_time(models: dict, length: int, windows: int, use_cache: bool, repetiti
         def draw_one(model, batch, cache):
             if use_cache:
                 cache.filled = place - 1
-                hidden = model.decode_one(torch.zeros(batch, dtype=torch.int64), cache)
+                hidden = model.transform_one(model.tokens(torch.zeros(batch, dtype=torch.int64)), cache)
             else:
                 hidden = model.hidden(torch.zeros(batch, place, dtype=torch.int64))[:, -1]
             draw(model.logits(hidden).float().softmax(-1))
@@ -55,7 +55,7 @@ def rows(quick: bool = False) -> list[Row]:
     published = step_time({"published": (model, 1)}, length, windows, use_cache=False, repetitions=2)["published"] * (length - 1)
     tokens = torch.randint(model.config.vocab_size, (1, length))
     cache = model.cache(1, length)
-    one_by_one = torch.stack([model.logits(model.decode_one(token, cache)) for token in tokens.unbind(1)], dim=1)
+    one_by_one = torch.stack([model.logits(model.transform_one(model.tokens(token), cache)) for token in tokens.unbind(1)], dim=1)
     difference = (one_by_one - model(tokens)).abs().max().item()
 
     half = GPT(model.config).eval().bfloat16()
