@@ -41,7 +41,7 @@ VARIANTS = {
     "mse": replace(SMALL, head="mse"),
     "gaussian": replace(SMALL, head="gaussian"),
     "logistic": replace(SMALL, head="logistic"),
-    "independent": replace(SMALL, head="logistic", neighbours=False, positions="learned", bias=True),
+    "independent": replace(SMALL, head="logistic", neighbours=False, above=False, positions="learned", bias=True),
 }
 
 
@@ -55,6 +55,14 @@ def images(batch=3, height=8, width=12):
 
 def item(pictures):
     return Item(pictures, torch.zeros(len(pictures)), [""] * len(pictures))
+
+
+GREY = (torch.full((12,), 0.5), torch.full((12,), 0.5))  # the patches around one of 2 x 2 pixels that stands alone
+
+
+def around(batch, seed=5):
+    """Patches (B, 12) to stand on the left of patches and above them."""
+    return tuple(torch.randint(256, (2, batch, 12), generator=generator(seed)) / 255)
 
 
 def large(model):
@@ -144,10 +152,10 @@ def test_no_outputs_are_too_wild(head, dtype):
     patches = torch.stack([torch.zeros(12), torch.ones(12), torch.full((12,), 127 / 255), *patchify(images(), 2).flatten(0, 1)[:20]])
     for scale in (0.0, 1.0, 10.0, 100.0, 1000.0):
         outputs = (scale * torch.randn(len(patches), head.out.out_features, generator=generator())).to(dtype).requires_grad_()
-        loss = head.loss(outputs, patches)
+        loss = head.loss(outputs, patches, around(len(patches)))
         loss.backward()
         assert loss.isfinite() and outputs.grad.isfinite().all(), scale
-        drawn = head.draw(outputs.detach(), generator=generator())
+        drawn = head.draw(outputs.detach(), around(len(patches)), generator=generator())
         assert drawn.isfinite().all() and drawn.min() >= 0 and drawn.max() <= 1
 
 
@@ -164,8 +172,8 @@ def test_gaussian_mixture_against_scipy():
             mass = each.cdf(x[b] + BIN / 2) - each.cdf(x[b] - BIN / 2)
             mass = np.where(x[b] < -0.999, each.cdf(x[b] + BIN / 2), np.where(x[b] > 0.999, each.sf(x[b] - BIN / 2), mass))
             p += np.exp(logits[b, k]) / np.exp(logits[b]).sum() * mass.prod()
-        assert head.log_prob(outputs, patches)[b].item() == pytest.approx(np.log(p), abs=1e-3)
-    assert_close(head.loss(outputs, patches), -head.log_prob(outputs, patches).mean() / 12)
+        assert head.log_prob(outputs, patches, GREY)[b].item() == pytest.approx(np.log(p), abs=1e-3)
+    assert_close(head.loss(outputs, patches, GREY), -head.log_prob(outputs, patches, GREY).mean() / 12)
 
 
 @pytest.mark.parametrize("neighbours", [True, False])
@@ -173,18 +181,18 @@ def test_logistic_mixture_against_scipy(neighbours):
     """Pixel by pixel and channel by channel, as the sections of PixelCNN++ say, in plain loops."""
     torch.manual_seed(0)
     head = LogisticMixtureHead(replace(SMALL, neighbours=neighbours))
-    outputs, patches = torch.randn(4, head.out.out_features), patchify(images(1), 2)[0, 4:8]
-    logits, mean, log_scale, channel, *around = (part.double().numpy() for part in head.parts(outputs))
+    outputs, patches, beside = torch.randn(4, head.out.out_features), patchify(images(1), 2)[0, 4:8], around(4)
+    logits, mean, log_scale, channel, *coefficients = (part.double().numpy() for part in head.parts(outputs))
     for b in range(4):
         x, log_p = 2 * patches[b].double().numpy().reshape(3, 2, 2) - 1, 0.0
+        left, above = (2 * patch[b].double().numpy().reshape(3, 2, 2) - 1 for patch in beside)
         for n, (i, j) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
             p = 0.0
             for k in range(3):
                 m = mean[b, n, k].copy()
-                if neighbours and j:
-                    m += around[0][b, n, k] * x[:, i, j - 1]
-                if neighbours and i:
-                    m += around[1][b, n, k] * x[:, i - 1, j]
+                if neighbours:
+                    m += coefficients[0][b, n, k] * (x[:, i, j - 1] if j else left[:, i, -1])
+                    m += coefficients[1][b, n, k] * (x[:, i - 1, j] if i else above[:, -1, j])
                 r, g, _ = x[:, i, j]
                 m[1] += channel[b, n, k, 0] * r
                 m[2] += channel[b, n, k, 1] * r + channel[b, n, k, 2] * g
@@ -196,7 +204,7 @@ def test_logistic_mixture_against_scipy(neighbours):
                     product *= each.cdf(upper) - each.cdf(lower)
                 p += np.exp(logits[b, n, k, 0]) / np.exp(logits[b, n, :, 0]).sum() * product
             log_p += np.log(p)
-        assert head.log_prob(outputs, patches)[b].item() == pytest.approx(log_p, abs=1e-3)
+        assert head.log_prob(outputs, patches, beside)[b].item() == pytest.approx(log_p, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [GaussianMixtureHead, LogisticMixtureHead])
@@ -207,16 +215,17 @@ def test_draws_have_the_probability_that_the_loss_says(kind):
     count = 20_000
     outputs = head.out.bias.detach() + 0.3 * torch.randn(head.out.out_features)
     nearby = outputs + 0.05 * torch.randn(head.out.out_features)
-    x = head.draw(outputs.expand(count, -1), generator=generator())
-    ratio = (head.log_prob(nearby.expand(count, -1), x) - head.log_prob(outputs.expand(count, -1), x)).exp()
+    beside = tuple(patch.expand(count, -1) for patch in around(1))
+    x = head.draw(outputs.expand(count, -1), beside, generator=generator())
+    ratio = (head.log_prob(nearby.expand(count, -1), x, beside) - head.log_prob(outputs.expand(count, -1), x, beside)).exp()
     error = ratio.std() / count**0.5
     assert error < 0.05 and abs(ratio.mean() - 1) < 4 * error
     # and the draws' mean is the expected patch, where the ends of the scale cut off nothing
     narrow = head.out.bias.detach() + 0.1 * torch.randn(head.out.out_features)
     head.parts(narrow)[1].mul_(0.4)
     head.parts(narrow)[2].fill_(-4)
-    x = head.draw(narrow.expand(count, -1), generator=generator())
-    assert_close(x.mean(0), head.mean(narrow[None])[0], rtol=0, atol=0.01)
+    x = head.draw(narrow.expand(count, -1), beside, generator=generator())
+    assert_close(x.mean(0), head.mean(narrow[None], around(1))[0], rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "logistic", "independent"])
@@ -224,11 +233,12 @@ def test_temperature(name):
     torch.manual_seed(0)
     head = PatchGPT(VARIANTS[name]).head
     outputs = (head.out.bias.detach() + 0.3 * torch.randn(head.out.out_features)).expand(500, -1)
-    spread = [head.draw(outputs, t, generator()).std(0).mean().item() for t in (0.0, 0.3, 1.0)]
+    beside = tuple(patch.expand(500, -1) for patch in around(1))
+    spread = [head.draw(outputs, beside, t, generator()).std(0).mean().item() for t in (0.0, 0.3, 1.0)]
     assert spread[0] == 0 and 0 < spread[1] < spread[2]
-    x = head.draw(outputs, 1.0, generator())
+    x = head.draw(outputs, beside, 1.0, generator())
     assert_close((x * 255).round() / 255, x, rtol=0, atol=1e-6)  # 8-bit values
-    assert torch.equal(x, head.draw(outputs, 1.0, generator())) and not torch.equal(x, head.draw(outputs, 1.0, generator(1)))
+    assert torch.equal(x, head.draw(outputs, beside, 1.0, generator())) and not torch.equal(x, head.draw(outputs, beside, 1.0, generator(1)))
 
 
 def test_to_8_bits():
@@ -254,10 +264,20 @@ def test_pictures_of_a_batch_do_not_see_each_other(model):
     assert_close(model(a)[1:2], model(a[1:2]), rtol=1e-4, atol=1e-5)
 
 
+def test_the_patches_around_a_patch(model):
+    """On the left and above, in the picture; grey outside of it."""
+    patches = model.encode(images())
+    left, above = (side.unflatten(1, (4, 6)) for side in model.around(patches[:, :-1]))
+    grid = patches.unflatten(1, (4, 6))
+    assert torch.equal(left[:, :, 1:], grid[:, :, :-1]) and (left[:, :, 0] == 0.5).all()
+    assert torch.equal(above[:, 1:], grid[:, :-1]) and (above[:, 0] == 0.5).all()
+    assert [side.shape[1] for side in model.around(patches[:, :3])] == [4, 4]
+
+
 def test_the_start_is_learned(model):
     patches = model.encode(images())
     assert model(patches[:, :0]).shape[1] == 1 and model(patches[:, :-1]).shape[1] == 24
-    model.head.loss(model(patches[:, :0]), patches[:, :1]).backward()
+    model.head.loss(model(patches[:, :0]), patches[:, :1], model.around(patches[:, :0])).backward()
     assert model.start.grad.abs().min() > 0
 
 
@@ -323,12 +343,13 @@ def test_loss_and_error(model):
     x = images()
     patches, loss = model.encode(x), next_patch_loss(model, item(x))
     outputs = torch.cat([model(patches[:, :t])[:, -1:] for t in range(24)], dim=1)  # one by one
-    assert_close(loss, model.head.loss(outputs, patches), rtol=1e-4, atol=1e-5)
+    beside = [torch.stack([side[:, t] for t in range(24)], dim=1) for side in model.around(patches[:, :-1])]
+    assert_close(loss, model.head.loss(outputs, patches, beside), rtol=1e-4, atol=1e-5)
     error = next_patch_error(model, item(x))
-    assert_close(error, (model.head.mean(outputs) - patches).square().mean(), rtol=1e-4, atol=1e-5)
+    assert_close(error, (model.head.mean(outputs, beside) - patches).square().mean(), rtol=1e-4, atol=1e-5)
     forced, free = drift(model, x, 4, generator())
     assert forced.shape == free.shape == (20,)
-    assert_close(forced, 255 * (model.head.mean(outputs) - patches)[:, 4:].square().mean(dim=(0, 2)).sqrt(), rtol=1e-3, atol=1e-2)
+    assert_close(forced, 255 * (model.head.mean(outputs, beside) - patches)[:, 4:].square().mean(dim=(0, 2)).sqrt(), rtol=1e-3, atol=1e-2)
     if model.config.head == "mse":
         assert free[0] == pytest.approx(forced[0].item(), rel=1e-4), "the first patch follows real ones either way"
 
@@ -360,7 +381,7 @@ def test_bits_per_dimension_of_one_who_knows_nothing():
     outputs = torch.zeros(1, head.out.out_features)
     head.parts(outputs)[2].fill_(2.0)
     every = torch.arange(256).repeat_interleave(12).view(256, 12) / 255
-    inner = -head.log_prob(outputs.expand(256, -1), every)[1:-1] / 12 / math.log(2)
+    inner = -head.log_prob(outputs.expand(256, -1), every, GREY)[1:-1] / 12 / math.log(2)
     assert inner.min() > 8 and inner.max() - inner.min() < 0.1, "and more than 8 where it also bets on the ends"
 
 
@@ -464,7 +485,8 @@ def test_bench(capsys):
     (lambda: PatchGPT(SMALL)(torch.rand(0, 3, 12)), r"at least one sequence.*found shape \(0, 3, 12\)"),
     (lambda: PatchGPT(SMALL)(torch.rand(1, 3, 48)), r"patches of 12 values.*found shape \(1, 3, 48\)"),
     (lambda: PatchGPT(SMALL)(torch.rand(1, 24, 12)), "has 24 patches, so at most 23 .* found 24"),
-    (lambda: PatchGPT(SMALL).draw(torch.rand(1, 24, 12)), "has 24 patches, of 24.*at most 23"),
+    (lambda: PatchGPT(SMALL).draw(torch.rand(1, 24, 12)), "has 24 patches, so at most 23 .* found 24"),
+    (lambda: PatchGPT(SMALL).draw(torch.rand(1, 3, 48)), r"patches of 12 values.*found shape \(1, 3, 48\)"),
     (lambda: PatchGPT(SMALL).draw(0), "at least one picture, found 0"),
     (lambda: PatchGPT(VARIANTS["logistic"]).draw(1, temperature=-1.0), "negative, found -1"),
 ])

@@ -94,7 +94,7 @@ def rows(quick: bool = False) -> list[Row]:
     dim, heads, depth = (128, 4, 2) if quick else (512, 8, 6)
     windows, repetitions = (4, 2) if quick else (9, 3)
     document = DocumentPatchGPT(dim=dim, heads=heads, depth=depth).eval()
-    config = PatchGPTConfig(dim=dim, heads=heads, depth=depth, positions="learned")
+    config = PatchGPTConfig(dim=dim, heads=heads, depth=depth, above=False, positions="learned")
     model = PatchGPT(config).eval()
     target = (lambda value: None) if quick else (lambda value: value)
     found = []
