@@ -51,7 +51,7 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
         raise ValueError(f"a patch of side {P} has {P * P} values for each channel, found {D}, which is no multiple of it")
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=height // P, p=P, q=P)
 
-# %% ../nbs/03_patchgpt.ipynb #3bf3fe18
+# %% ../nbs/03_patchgpt.ipynb #e154bf6e
 @dataclass
 class PatchGPTConfig:
     """What a `PatchGPT` draws and how large it is. Patch, width, heads and layers are the document's."""
@@ -78,7 +78,7 @@ class PatchGPTConfig:
         if self.mixtures < 1:
             raise ValueError(f"a distribution has at least 1 component, found mixtures={self.mixtures}")
 
-# %% ../nbs/03_patchgpt.ipynb #4e290e14
+# %% ../nbs/03_patchgpt.ipynb #c80f634c
 Around = tuple[Tensor, Tensor]  # the patches (..., D) on the left of a patch and above it, in [0, 1]; grey outside of the picture
 
 
@@ -104,7 +104,7 @@ class SquaredErrorHead(nn.Module):
     def draw(self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         return self.mean(outputs, around)
 
-# %% ../nbs/03_patchgpt.ipynb #1904b423
+# %% ../nbs/03_patchgpt.ipynb #e695ff73
 BIN = 2 / 255  # distance of two 8-bit values in [-1, 1]
 
 
@@ -149,7 +149,7 @@ def to_8_bits(values: Tensor) -> Tensor:
     """Values in [-1, 1], or beyond, to the nearest 8-bit value."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-# %% ../nbs/03_patchgpt.ipynb #2ede8845
+# %% ../nbs/03_patchgpt.ipynb #39940325
 class GaussianMixtureHead(nn.Module):
     """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value (GIVT, section 3.3).
 
@@ -198,7 +198,7 @@ class GaussianMixtureHead(nn.Module):
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return to_8_bits(mean + temperature * log_scale.exp() * noise) / 2 + 0.5
 
-# %% ../nbs/03_patchgpt.ipynb #ba519d8a
+# %% ../nbs/03_patchgpt.ipynb #68389052
 class LogisticMixtureHead(nn.Module):
     """For each pixel a mixture of K logistics, whose red moves green, and both move blue (PixelCNN++, section 2.2).
 
@@ -290,7 +290,7 @@ class LogisticMixtureHead(nn.Module):
 
 HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead, "logistic": LogisticMixtureHead}
 
-# %% ../nbs/03_patchgpt.ipynb #63a28b56
+# %% ../nbs/03_patchgpt.ipynb #a505f2c0
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the patches of a picture, continuous in and continuous out.
 
@@ -408,7 +408,7 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
             pass
         return self.decode(patches).clone()
 
-# %% ../nbs/03_patchgpt.ipynb #7b662959
+# %% ../nbs/03_patchgpt.ipynb #06a76e5e
 def next_patch_loss(model: PatchGPT, batch: Item) -> Tensor:
     """The head's loss, a mean over all values, of each patch of the pictures given the ones before it."""
     patches = model.encode(batch.image)                           # (B, T, D)
@@ -425,7 +425,7 @@ def next_patch_error(model: PatchGPT, batch: Item) -> Tensor:
     patches = model.encode(batch.image)
     return F.mse_loss(expected_patches(model, patches), patches)
 
-# %% ../nbs/03_patchgpt.ipynb #a02d7749
+# %% ../nbs/03_patchgpt.ipynb #26b67f78
 @torch.inference_mode()
 def drift(model: PatchGPT, images: Tensor, given: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Root mean square error, in levels of 255, of each patch from number `given` on: after real ones, and after drawn ones.

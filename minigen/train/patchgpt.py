@@ -36,7 +36,7 @@ class Config:
     """A run of chapter 3. Every field can be set on the command line; the rest is the preset's."""
 
     preset: str = "demo"  # where the other defaults come from
-    size: int = 32  # side of the square pictures, in pixels
+    size: int = 16  # side of the square pictures, in pixels
     patch_size: int = 4  # side of a patch, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "logistic"  # a single guess, or a distribution to draw from
     mixtures: int = 5  # components of the distribution
@@ -49,19 +49,19 @@ class Config:
     dim: int = 128  # width
     dropout: float = 0.0  # share of activations left out in training
     data: str = "landscapes"  # a data set's name, or a folder of pictures
-    train_images: int = 960  # how many pictures to draw or read for training
+    train_images: int = 1600  # how many pictures to draw or read for training
     val_images: int = 64  # and for the evaluation
-    steps: int = 120  # optimizer steps
+    steps: int = 600  # optimizer steps
     batch_size: int = 8  # pictures a batch, over all processes together
     accumulate: int = 1  # batches a step
-    lr: float = 3e-3  # highest learning rate
-    warmup: int = 20  # steps until it is reached
+    lr: float = 2e-3  # highest learning rate
+    warmup: int = 50  # steps until it is reached
     ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
     compile: bool = False  # torch.compile the step
-    sample_at: tuple[int, ...] = (40, 120)  # steps after which to evaluate and draw
+    sample_at: tuple[int, ...] = (100, 600)  # steps after which to evaluate and draw
     samples: int = 8  # pictures to draw each time
-    save_every: int = 60  # steps between the states from which a run that was stopped can go on
+    save_every: int = 300  # steps between the states from which a run that was stopped can go on
     resume: bool = False  # go on from the last state in `out`, where there is one
     workers: int = 0  # processes that read the pictures ahead
     tensorboard: bool = False  # write TensorBoard's files to `out`
