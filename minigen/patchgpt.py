@@ -78,7 +78,7 @@ class PatchGPTConfig:
         if self.mixtures < 1:
             raise ValueError(f"a distribution has at least 1 component, found mixtures={self.mixtures}")
 
-# %% ../nbs/03_patchgpt.ipynb #c80f634c
+# %% ../nbs/03_patchgpt.ipynb #953e5da5
 Around = tuple[Tensor, Tensor]  # the patches (..., D) on the left of a patch and above it, in [0, 1]; grey outside of the picture
 
 
@@ -92,6 +92,7 @@ class SquaredErrorHead(nn.Module):
         nn.init.constant_(self.out.bias, 0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to a guess (..., D)."""
         return self.out(hidden)
 
     def loss(self, outputs: Tensor, patches: Tensor, around: Around) -> Tensor:
@@ -99,9 +100,11 @@ class SquaredErrorHead(nn.Module):
         return F.mse_loss(outputs.float(), patches)
 
     def mean(self, outputs: Tensor, around: Around) -> Tensor:
+        """The guess (..., D) in [0, 1]."""
         return outputs.float().clamp(0, 1)
 
     def draw(self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """The guess again, at any temperature."""
         return self.mean(outputs, around)
 
 # %% ../nbs/03_patchgpt.ipynb #e695ff73
@@ -149,9 +152,9 @@ def to_8_bits(values: Tensor) -> Tensor:
     """Values in [-1, 1], or beyond, to the nearest 8-bit value."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-# %% ../nbs/03_patchgpt.ipynb #39940325
+# %% ../nbs/03_patchgpt.ipynb #a09e663d
 class GaussianMixtureHead(nn.Module):
-    """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value (GIVT, section 3.3).
+    """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value (GIVT: Tschannen et al. 2024).
 
     GIVT takes densities, of real numbers; our values have 8 bits, so we take the mass of their bins.
     """
@@ -168,6 +171,7 @@ class GaussianMixtureHead(nn.Module):
             log_scale.fill_(-1.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to outputs, whose parts the methods below take apart."""
         return self.out(hidden)
 
     def parts(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +202,7 @@ class GaussianMixtureHead(nn.Module):
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return to_8_bits(mean + temperature * log_scale.exp() * noise) / 2 + 0.5
 
-# %% ../nbs/03_patchgpt.ipynb #68389052
+# %% ../nbs/03_patchgpt.ipynb #8715a421
 class LogisticMixtureHead(nn.Module):
     """For each pixel a mixture of K logistics, whose red moves green, and both move blue (PixelCNN++, section 2.2).
 
@@ -220,6 +224,7 @@ class LogisticMixtureHead(nn.Module):
             self.parts(self.out.bias)[2].fill_(-1.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to outputs, whose parts the methods below take apart."""
         return self.out(hidden)
 
     def parts(self, outputs: Tensor) -> list[Tensor]:
