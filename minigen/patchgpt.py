@@ -5,7 +5,7 @@ __all__ = ['Around', 'BIN', 'HEADS', 'check_tiling', 'patchify', 'unpatchify', '
            'log_normal_cdf', 'choose', 'to_8_bits', 'GaussianMixtureHead', 'LogisticMixtureHead', 'PatchGPT',
            'next_patch_loss', 'expected_patches', 'next_patch_error', 'drift']
 
-# %% ../nbs/03_patchgpt.ipynb #03eba6ee
+# %% ../nbs/03_patchgpt.ipynb #e43a138f
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from .data import Item
 from .gpt import KVCache, Transformer, TransformerConfig, draw
 
-# %% ../nbs/03_patchgpt.ipynb #b1d179d1
+# %% ../nbs/03_patchgpt.ipynb #be5e01c2
 def check_tiling(patch_size: int, height: int, width: int) -> None:
     """Raise ValueError where patches do not tile a picture, with what would."""
     P, H, W = patch_size, height, width
     if P < 1 or H % P or W % P:
         fits = [n for n in range(1, min(H, W) + 1) if H % n == 0 and W % n == 0]
         cut = f"; or cut the picture to {H // P * P} x {W // P * P}" if 0 < P <= min(H, W) else ""
-        raise ValueError(f"patches of side {P} do not tile a picture of {H} x {W}: sides that do are {fits}{cut}")
+        raise ValueError(f"patches of side {P} do not tile a picture of {H} x {W}: "
+                         f"sides that do are {fits}{cut}")
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -46,12 +47,14 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
     P, (T, D) = patch_size, patches.shape[1:]
     check_tiling(P, height, width)
     if T != (height // P) * (width // P):
-        raise ValueError(f"a picture of {height} x {width} has {(height // P) * (width // P)} patches of side {P}, found {T}")
+        raise ValueError(f"a picture of {height} x {width} has {(height // P) * (width // P)} patches of side {P}, "
+                         f"found {T}")
     if D % P**2:
-        raise ValueError(f"a patch of side {P} has {P * P} values for each channel, found {D}, which is no multiple of it")
+        raise ValueError(f"a patch of side {P} has {P * P} values for each channel, found {D}, which is no "
+                         "multiple of it")
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=height // P, p=P, q=P)
 
-# %% ../nbs/03_patchgpt.ipynb #e154bf6e
+# %% ../nbs/03_patchgpt.ipynb #b4211cad
 @dataclass
 class PatchGPTConfig:
     """What a `PatchGPT` draws and how large it is. Patch, width, heads and layers are the document's."""
@@ -60,11 +63,11 @@ class PatchGPTConfig:
     width: int = 64
     patch_size: int = 4  # P: side of a patch, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "mse"  # a single guess, or a distribution to draw from
-    mixtures: int = 5  # K: components of the distribution; PixelCNN++ finds 5 enough (section 2.1), GIVT takes 16
-    neighbours: bool = True  # logistic: a pixel sees the ones on its left and above, also across the border of the patch
-    above: bool = True  # a place reads the patch above the one to come, too, and not only the last one
-    noise: float = 0.0  # most noise on the patches read in training: standard deviation, pixels being in [0, 1]
-    positions: Literal["learned", "rowcol"] = "rowcol"  # one vector a place, or one for its row and one for its column
+    mixtures: int = 5  # K: components of the distribution; PixelCNN++ finds 5 enough, GIVT takes 16
+    neighbours: bool = True  # logistic: a pixel sees the ones on its left and above, across borders too
+    above: bool = True  # a place reads not only the last patch, but also the one above the patch to come
+    noise: float = 0.0  # most noise on patches read in training, as a standard deviation of values in [0, 1]
+    positions: Literal["learned", "rowcol"] = "rowcol"  # a vector for each place, or for its row and its column
     depth: int = 6
     heads: int = 8
     dim: int = 512
@@ -78,8 +81,8 @@ class PatchGPTConfig:
         if self.mixtures < 1:
             raise ValueError(f"a distribution has at least 1 component, found mixtures={self.mixtures}")
 
-# %% ../nbs/03_patchgpt.ipynb #953e5da5
-Around = tuple[Tensor, Tensor]  # the patches (..., D) on the left of a patch and above it, in [0, 1]; grey outside of the picture
+# %% ../nbs/03_patchgpt.ipynb #30d1eb4e
+Around = tuple[Tensor, Tensor]  # the patches (..., D) on the left of a patch and above it; grey outside of the picture
 
 
 class SquaredErrorHead(nn.Module):
@@ -103,20 +106,22 @@ class SquaredErrorHead(nn.Module):
         """The guess (..., D) in [0, 1]."""
         return outputs.float().clamp(0, 1)
 
-    def draw(self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def draw(
+        self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
         """The guess again, at any temperature."""
         return self.mean(outputs, around)
 
-# %% ../nbs/03_patchgpt.ipynb #e695ff73
+# %% ../nbs/03_patchgpt.ipynb #3b6bbd19
 BIN = 2 / 255  # distance of two 8-bit values in [-1, 1]
 
 
 def log_mass(values: Tensor, mean: Tensor, log_scale: Tensor, log_cdf: Callable[[Tensor], Tensor]) -> Tensor:
     """Log probability of 8-bit values, given in [-1, 1], under a symmetric distribution: what lies in their bins.
 
-    The lowest bin reaches down to minus infinity and the highest up to infinity (Salimans et al. 2017, section 2.1).
-    `log_cdf` is the distribution's log CDF at mean 0 and scale 1. Both ends of a bin are looked up on the side of the mean
-    where the CDF is small, so that float32 suffices at any distance.
+    The lowest bin reaches down to minus infinity and the highest up to infinity (Salimans et al. 2017, section
+    2.1). `log_cdf` is the distribution's log CDF at mean 0 and scale 1. Both ends of a bin are looked up on the side
+    of the mean where the CDF is small, so that float32 suffices at any distance.
     """
     lowest, highest = values < -1 + BIN / 2, values > 1 - BIN / 2
     upper, lower = (values - mean + BIN / 2) / log_scale.exp(), (values - mean - BIN / 2) / log_scale.exp()
@@ -131,18 +136,20 @@ def log_mass(values: Tensor, mean: Tensor, log_scale: Tensor, log_cdf: Callable[
 def log_normal_cdf(z: Tensor) -> Tensor:
     """Log CDF of the standard normal distribution.
 
-    Below -10 by its asymptotic series (Abramowitz and Stegun 1964, 26.2.12): there `torch.special.log_ndtr` has the right
-    value, but in float32 a wrong gradient, by 4 percent at -1000 and by a factor of 6 at -10,000.
+    Below -10 by its asymptotic series (Abramowitz and Stegun 1964, 26.2.12): there `torch.special.log_ndtr` has the
+    right value, but in float32 a wrong gradient, by 4 percent at -1000 and by a factor of 6 at -10,000.
     """
     far = z.clamp(max=-10.0)
-    series = -far.square() / 2 - math.log(2 * math.pi) / 2 - torch.log(-far) + torch.log1p(-(far**-2) + 3 * far**-4 - 15 * far**-6)
+    series = torch.log1p(-(far**-2) + 3 * far**-4 - 15 * far**-6) - torch.log(-far)
+    series = series - far.square() / 2 - math.log(2 * math.pi) / 2
     return torch.where(z < -10, series, torch.special.log_ndtr(z.clamp(min=-10.0)))
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """One component for each row of logits (..., K): its index (...)."""
     if temperature < 0:
-        raise ValueError(f"temperature must not be negative, found {temperature}; 0 takes the likeliest component's mean")
+        raise ValueError(f"temperature must not be negative, found {temperature}; 0 takes the mean of the likeliest "
+                         "component")
     if temperature == 0:
         return logits.argmax(-1)
     return draw((logits / temperature).softmax(-1).flatten(0, -2), generator).view(logits.shape[:-1])
@@ -152,11 +159,12 @@ def to_8_bits(values: Tensor) -> Tensor:
     """Values in [-1, 1], or beyond, to the nearest 8-bit value."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-# %% ../nbs/03_patchgpt.ipynb #a09e663d
+# %% ../nbs/03_patchgpt.ipynb #7ff68137
 class GaussianMixtureHead(nn.Module):
-    """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value (GIVT: Tschannen et al. 2024).
+    """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value.
 
-    GIVT takes densities, of real numbers; our values have 8 bits, so we take the mass of their bins.
+    As GIVT has it (Tschannen et al. 2024), which takes densities, of real numbers; our values have 8 bits, so we take
+    the mass of their bins.
     """
 
     def __init__(self, config: PatchGPTConfig):
@@ -167,7 +175,7 @@ class GaussianMixtureHead(nn.Module):
         with torch.no_grad():
             logits, mean, log_scale = self.parts(self.out.bias)
             logits.zero_()
-            mean.copy_(torch.linspace(-0.8, 0.8, self.K)[:, None])  # apart from the start, so that they can differ
+            mean.copy_(torch.linspace(-0.8, 0.8, self.K)[:, None])  # apart, so that they can become different
             log_scale.fill_(-1.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -194,23 +202,26 @@ class GaussianMixtureHead(nn.Module):
         logits, mean, _ = self.parts(outputs.float())
         return ((logits.softmax(-1)[..., None] * mean).sum(-2) / 2 + 0.5).clamp(0, 1)
 
-    def draw(self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One patch (B, D) in [0, 1] for each row of outputs. The temperature divides logits and multiplies scales."""
+    def draw(
+        self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A patch (B, D) in [0, 1] for each row of outputs. The temperature divides logits, multiplies scales."""
         logits, mean, log_scale = self.parts(outputs.float())
         chosen = choose(logits, temperature, generator)[:, None, None].expand(-1, 1, self.D)
         mean, log_scale = mean.gather(1, chosen)[:, 0], log_scale.gather(1, chosen)[:, 0].clamp(-7, 2)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return to_8_bits(mean + temperature * log_scale.exp() * noise) / 2 + 0.5
 
-# %% ../nbs/03_patchgpt.ipynb #8715a421
+# %% ../nbs/03_patchgpt.ipynb #87dce3cf
 class LogisticMixtureHead(nn.Module):
-    """For each pixel a mixture of K logistics, whose red moves green, and both move blue (PixelCNN++, section 2.2).
+    """For each pixel a mixture of K logistics, whose red moves green, and both move blue.
 
-    With `neighbours` the pixel on its left and the one above move all three as well, in the patch or across its border.
-    Without them, the pixels of a patch are drawn independently of each other.
+    So far it is PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), and pixels of a patch are independent. With
+    `neighbours` the pixel on its left and the one above move all three as well, in the patch or across its border.
     """
 
-    SIZES = [1, 3, 3, 3, 3, 3]  # logit; means; log scales; of red on green, red and green on blue; of the left; of above
+    # of a pixel's component: logit; means; log scales; red on green, red and green on blue; the left; above
+    SIZES = [1, 3, 3, 3, 3, 3]
 
     def __init__(self, config: PatchGPTConfig):
         super().__init__()
@@ -233,7 +244,7 @@ class LogisticMixtureHead(nn.Module):
 
     def edges(self, around: Around) -> tuple[Tensor, Tensor]:
         """The last column of the patch on the left and the last row of the one above, (..., P, 3) in [-1, 1]."""
-        left, above = (rearrange(2 * patch - 1, "... (c p q) -> ... p q c", c=3, p=self.P) for patch in around)
+        left, above = (rearrange(2 * x - 1, "... (c p q) -> ... p q c", c=3, p=self.P) for x in around)
         return left[..., :, -1, :], above[..., -1, :, :]
 
     def log_prob(self, outputs: Tensor, patches: Tensor, around: Around) -> Tensor:
@@ -246,8 +257,8 @@ class LogisticMixtureHead(nn.Module):
         mean = mean + torch.stack([torch.zeros_like(on_g), on_g, on_b], -1)
         if self.neighbours:
             left, above = self.edges(around)
-            left = torch.cat([left[..., :, None, :], grid[..., :, :-1, :]], dim=-2)           # moved by a column
-            above = torch.cat([above[..., None, :, :], grid[..., :-1, :, :]], dim=-3)         # moved by a row
+            left = torch.cat([left[..., :, None, :], grid[..., :, :-1, :]], dim=-2)   # the grid moved by a column
+            above = torch.cat([above[..., None, :, :], grid[..., :-1, :, :]], dim=-3)  # and by a row
             for coefficient, moved in zip(coefficients, (left, above)):
                 mean = mean + coefficient * rearrange(moved, "... p q c -> ... (p q) 1 c")
         log_p = log_mass(values, mean, log_scale.clamp(-7, 2), F.logsigmoid).sum(-1)          # (..., P*P, K)
@@ -257,14 +268,15 @@ class LogisticMixtureHead(nn.Module):
         """Nats a value."""
         return -self.log_prob(outputs, patches, around).mean() / patches.shape[-1]
 
-    def walk(self, weights: Tensor, parts: list[Tensor], around: Around, settle: Callable[[Tensor], Tensor]) -> Tensor:
-        """Go through the pixels of patches, each made from those before it, as the weighted mean of its components.
+    def walk(self, weights: Tensor, parts: list[Tensor], around: Around, settle: Callable) -> Tensor:
+        """Go through the pixels of patches, each made from those before it: the weighted mean of its components.
 
         `weights` (B, P*P, K); `parts` are means, coefficients of the channels and of the neighbours, (B, P*P, K, 3);
         `settle` is applied to each new value. Returns (B, D) in [0, 1].
         """
         left, above = self.edges(around)
-        pixels = {(i, -1): left[:, i, None] for i in range(self.P)} | {(-1, j): above[:, j, None] for j in range(self.P)}
+        pixels = {(i, -1): left[:, i, None] for i in range(self.P)}
+        pixels |= {(-1, j): above[:, j, None] for j in range(self.P)}
         for n, (w, m, c, *coefficients) in enumerate(zip(*(part.unbind(1) for part in (weights, *parts)))):
             i, j = divmod(n, self.P)
             if self.neighbours:
@@ -283,24 +295,27 @@ class LogisticMixtureHead(nn.Module):
         expected = self.walk(logits[..., 0].softmax(-1), [mean, *rest], around, lambda value: value)
         return expected.view(*outputs.shape[:-1], -1).clamp(0, 1)
 
-    def draw(self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One patch (B, D) in [0, 1] for each row of outputs. The temperature divides logits and multiplies scales."""
+    def draw(
+        self, outputs: Tensor, around: Around, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A patch (B, D) in [0, 1] for each row of outputs. The temperature divides logits, multiplies scales."""
         logits, *rest = self.parts(outputs.float())
         chosen = choose(logits[..., 0], temperature, generator)[..., None, None].expand(-1, -1, 1, 3)
         mean, log_scale, *rest = (part.gather(2, chosen) for part in rest)
         uniform = torch.rand(mean.shape, generator=generator, device=mean.device)
         noise = torch.logit(uniform, eps=1e-5) * log_scale.clamp(-7, 2).exp()
-        return self.walk(torch.ones_like(mean[..., 0]), [mean + temperature * noise, *rest], around, to_8_bits)
+        one = torch.ones_like(mean[..., 0])
+        return self.walk(one, [mean + temperature * noise, *rest], around, to_8_bits)
 
 
 HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead, "logistic": LogisticMixtureHead}
 
-# %% ../nbs/03_patchgpt.ipynb #a505f2c0
+# %% ../nbs/03_patchgpt.ipynb #c229093e
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the patches of a picture, continuous in and continuous out.
 
-    `forward(patches (B, t, D)) -> outputs (B, t + 1, ...)`: those at place i describe patch i, given the ones before it;
-    place 0 has a learned start instead of a patch. What the outputs mean is the head's affair. Patches are in [0, 1].
+    `forward(patches (B, t, D)) -> outputs (B, t + 1, ...)`: those at place i describe patch i, given the ones before
+    it; place 0 has a learned start instead of a patch. What outputs mean is the head's affair. Patches are in [0, 1].
     """
 
     def __init__(self, config: PatchGPTConfig):
@@ -320,12 +335,12 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, h, W) in [0, 1], whole or the upper part of a picture, to patches (B, t, D)."""
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected images of 3 channels, (B, 3, H, W), found shape {tuple(images.shape)}"
-                             + ("; a grey picture is made one of 3 by images.expand(-1, 3, -1, -1)" if images.ndim == 4 else ""))
+            hint = "; a grey picture is made one of 3 by images.expand(-1, 3, -1, -1)" if images.ndim == 4 else ""
+            raise ValueError(f"expected images of 3 channels, (B, 3, H, W), found shape {tuple(images.shape)}{hint}")
         height, width = images.shape[2:]
         if width != self.config.width or height > self.config.height:
-            raise ValueError(f"this model draws pictures of {self.config.height} x {self.config.width} pixels, found images of "
-                             f"{height} x {width}; what is given must have that width and at most that height")
+            raise ValueError(f"this model draws pictures of {self.config.height} x {self.config.width} pixels, found "
+                             f"images of {height} x {width}; what is given must have that width and at most that height")
         return patchify(images, self.config.patch_size)
 
     def decode(self, patches: Tensor) -> Tensor:
@@ -335,24 +350,25 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
     def check(self, patches: Tensor) -> None:
         """Raise ValueError where patches (B, t, D) cannot come before another one."""
         if patches.ndim != 3 or len(patches) == 0 or patches.shape[2] != self.values:
-            raise ValueError(f"expected at least one sequence of patches of {self.values} values, (B, t, {self.values}), "
-                             f"found shape {tuple(patches.shape)}")
+            raise ValueError(f"expected at least one sequence of patches of {self.values} values, (B, t, "
+                             f"{self.values}), found shape {tuple(patches.shape)}")
         if patches.shape[1] >= self.length:
-            raise ValueError(f"a picture of this model has {self.length} patches, so at most {self.length - 1} can come before "
-                             f"another, found {patches.shape[1]}")
+            raise ValueError(f"a picture of this model has {self.length} patches, so at most {self.length - 1} can come "
+                             f"before another, found {patches.shape[1]}")
 
     def around(self, patches: Tensor) -> Around:
-        """Of patches (B, t, D), and of the one that comes after them: the ones on the left and above, (B, t + 1, D) each."""
+        """The patches on the left of and above patches (B, t, D) and the one that comes after them: (B, t + 1, D) each."""
         left = F.pad(patches, (0, 0, 1, 0), value=0.5)
-        left = torch.where(torch.arange(left.shape[1], device=left.device)[:, None] % self.columns == 0, 0.5, left)
+        column = torch.arange(left.shape[1], device=left.device)[:, None] % self.columns
+        left = torch.where(column == 0, 0.5, left)
         return left, F.pad(patches, (0, 0, self.columns, 0), value=0.5)[:, : left.shape[1]]
 
     def read(self, last: Tensor, above: Tensor) -> Tensor:
-        """What goes into a place: the last patch, and the one above the patch to come; (..., D) to vectors (..., dim)."""
+        """The last patch, and the one above the patch to come, both (..., D), to what goes into a place (..., dim)."""
         return self.embed(2 * (torch.cat([last, above], dim=-1) if self.config.above else last) - 1)
 
     def hidden(self, patches: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last hidden states (B, t + 1, dim) at the start and at patches (B, t, D), written to an empty `cache`."""
+        """The last hidden states (B, t + 1, dim) at the start and at patches (B, t, D); fills an empty `cache`."""
         self.check(patches)
         if self.training and self.config.noise:
             level = self.config.noise * torch.rand(len(patches), 1, 1, device=patches.device)
@@ -365,12 +381,17 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
 
     @torch.inference_mode()
     def stream(
-        self, prompt: Tensor | int, temperature: float = 1.0, generator: torch.Generator | None = None, use_cache: bool = True
+        self,
+        prompt: Tensor | int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
     ) -> Iterator[Tensor]:
-        """Continue patches `prompt` (B, t, D), or so many pictures from nothing, to a whole picture, patch by patch.
+        """Continue patches `prompt` (B, t, D), or so many pictures from nothing, to whole pictures, patch by patch.
 
-        Yields the sequence so far, (B, t + 1, D), ..., (B, T, D): views of one tensor, so copy what you keep. Without the
-        cache all patches are read again for each new one; the result is the same. `mse` has one answer at any temperature.
+        Yields the sequence so far, (B, t + 1, D), ..., (B, T, D): views of one tensor, so copy what you keep. Without
+        the cache all patches are read again for each new one; the result is the same. `mse` has one answer at any
+        temperature.
         """
         device, dtype, columns = self.start.device, self.start.dtype, self.columns
         if isinstance(prompt, int):
@@ -383,13 +404,14 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         batch, first = prompt.shape[:2]
         # a row of grey above the picture, so that every patch has one above it
         canvas = F.pad(prompt.to(device).float(), (0, 0, columns, self.length - first), value=0.5)
-        patches, grey = canvas[:, columns:], canvas[:, 0]                                     # (B, T, D) and (B, D)
+        patches, grey = canvas[:, columns:], canvas[:, 0]         # (B, T, D) and (B, D)
         cache = self.transformer.cache(batch) if use_cache else None
         try:
             for place in range(first, self.length):
                 last, above = canvas[:, columns + place - 1], canvas[:, place]
                 if use_cache and place > first:
-                    hidden = self.transformer.transform_one(self.read(last.to(dtype), above.to(dtype)), cache)  # (B, dim)
+                    x = self.read(last.to(dtype), above.to(dtype))
+                    hidden = self.transformer.transform_one(x, cache)                         # (B, dim)
                 else:
                     hidden = self.hidden(patches[:, :place].to(dtype), cache)[:, -1]
                 around = last if place % columns else grey, above
@@ -406,14 +428,14 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
     def draw(self, prompt: Tensor | int, **options) -> Tensor:
         """Complete pictures from their first patches `prompt` (B, t, D) to images (B, 3, H, W) in [0, 1].
 
-        A number draws so many pictures from nothing; `encode(images[:, :, :H // 2])` is a top half; one patch is how the
-        published model starts. The options are those of `stream`.
+        A number draws so many pictures from nothing; `encode(images[:, :, :H // 2])` is a top half; one patch is how
+        the published model starts. The options are those of `stream`.
         """
         for patches in self.stream(prompt, **options):
             pass
         return self.decode(patches).clone()
 
-# %% ../nbs/03_patchgpt.ipynb #06a76e5e
+# %% ../nbs/03_patchgpt.ipynb #9e1c276b
 def next_patch_loss(model: PatchGPT, batch: Item) -> Tensor:
     """The head's loss, a mean over all values, of each patch of the pictures given the ones before it."""
     patches = model.encode(batch.image)                           # (B, T, D)
@@ -430,13 +452,15 @@ def next_patch_error(model: PatchGPT, batch: Item) -> Tensor:
     patches = model.encode(batch.image)
     return F.mse_loss(expected_patches(model, patches), patches)
 
-# %% ../nbs/03_patchgpt.ipynb #26b67f78
+# %% ../nbs/03_patchgpt.ipynb #ce8310cf
 @torch.inference_mode()
-def drift(model: PatchGPT, images: Tensor, given: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Root mean square error, in levels of 255, of each patch from number `given` on: after real ones, and after drawn ones.
+def drift(
+    model: PatchGPT, images: Tensor, given: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Root mean square error of each patch from number `given` on, in levels of 255, after real and after drawn ones.
 
-    Images (B, 3, H, W) in [0, 1]. The first of the two (T - given,) is teacher forcing: every patch is guessed, by its
-    expected value, after real ones. The second is free running: all that follows the first `given` is the model's own.
+    Images (B, 3, H, W) in [0, 1]. The first of the two (T - given,) is teacher forcing: every patch is guessed, by
+    its expected value, after real ones. The second is free running: all that follows the first `given` is drawn.
     """
     was_training = model.training
     model.eval()
@@ -444,4 +468,5 @@ def drift(model: PatchGPT, images: Tensor, given: int, generator: torch.Generato
     forced = expected_patches(model, patches)
     free = model.encode(model.draw(patches[:, :given], generator=generator))
     model.train(was_training)
-    return tuple(255 * (x - patches)[:, given:].square().mean(dim=(0, 2)).sqrt().cpu() for x in (forced, free))
+    errors = [(x - patches)[:, given:].square().mean(dim=(0, 2)).sqrt() for x in (forced, free)]
+    return 255 * errors[0].cpu(), 255 * errors[1].cpu()
