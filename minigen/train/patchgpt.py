@@ -51,7 +51,7 @@ class Config:
     data: str = "landscapes"  # a data set's name, or a folder of pictures
     train_images: int = 1600  # how many pictures to draw or read for training
     val_images: int = 64  # and for the evaluation
-    steps: int = 600  # optimizer steps
+    steps: int = 400  # optimizer steps
     batch_size: int = 8  # pictures a batch, over all processes together
     accumulate: int = 1  # batches a step
     lr: float = 2e-3  # highest learning rate
@@ -59,9 +59,9 @@ class Config:
     ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
     compile: bool = False  # torch.compile the step
-    sample_at: tuple[int, ...] = (100, 600)  # steps after which to evaluate and draw
+    sample_at: tuple[int, ...] = (100, 400)  # steps after which to evaluate and draw
     samples: int = 8  # pictures to draw each time
-    save_every: int = 300  # steps between the states from which a run that was stopped can go on
+    save_every: int = 200  # steps between the states from which a run that was stopped can go on
     resume: bool = False  # go on from the last state in `out`, where there is one
     workers: int = 0  # processes that read the pictures ahead
     tensorboard: bool = False  # write TensorBoard's files to `out`
