@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -439,6 +441,18 @@ def test_a_run_is_the_same_twice(trained, tmp_path):
     assert main([*command.split()[3:], "--out", str(out)]) == 0
     assert (out / "model.safetensors").read_bytes() == (trained / "logistic-False/model.safetensors").read_bytes()
     assert (out / "step-00003.png").read_bytes() == (trained / "logistic-False/step-00003.png").read_bytes()
+
+
+def test_two_processes_share_batches_of_pictures(tmp_path):
+    histories = []
+    for launch in (["minigen"], ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigen"]):
+        done = subprocess.run([sys.executable, "-m", *launch, "train", "patchgpt", "--preset", "test", "--precision", "float32", "--out", "run"],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        histories.append(json.loads((tmp_path / "run/result.json").read_text())["history"])
+        (tmp_path / "run").rename(tmp_path / f"run-{len(histories)}")
+    for a, b in zip(*histories, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4) and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("checkpoint", sorted((ROOT / "data/checkpoints").glob("patchgpt-*")), ids=lambda path: path.name)
