@@ -15,7 +15,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 # %% ../nbs/01_pixel_gpt.ipynb #f47006ae
-@dataclass
+@dataclass(kw_only=True)
 class TransformerConfig:
     """The shape of a `Transformer`. The defaults are those of the picture of 64 x 64 pixels."""
 
@@ -33,7 +33,7 @@ class TransformerConfig:
             raise ValueError(f"dim {self.dim} cannot be shared by {self.heads} heads; up to there, {fits} divide it")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GPTConfig(TransformerConfig):
     """The shape of a `GPT`: a transformer over words. The default is the number of 12-bit colours."""
 
@@ -322,8 +322,9 @@ class GPT(Transformer, PyTorchModelHubMixin):
         if missing:
             raise ValueError(f"{path} is not a nanoGPT checkpoint: no {sorted(missing)} among {sorted(checkpoint)}")
         args = checkpoint["model_args"]
-        model = cls(GPTConfig(args["block_size"], args["n_layer"], args["n_head"], args["n_embd"], args.get("dropout", 0.0),
-                              args.get("bias", True), vocab_size=args["vocab_size"]))
+        model = cls(GPTConfig(vocab_size=args["vocab_size"], block_size=args["block_size"], depth=args["n_layer"],
+                              heads=args["n_head"], dim=args["n_embd"], dropout=args.get("dropout", 0.0),
+                              bias=args.get("bias", True)))
         names = {"transformer.wte.": "tokens.", "transformer.wpe.": "positions.places.", "transformer.ln_f.": "norm.",
                  "transformer.h.": "blocks.", ".ln_1.": ".norm1.", ".ln_2.": ".norm2.", ".attn.c_attn.": ".attention.qkv.",
                  ".attn.c_proj.": ".attention.proj.", ".mlp.c_fc.": ".mlp.0.", ".mlp.c_proj.": ".mlp.2."}

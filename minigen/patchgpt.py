@@ -159,7 +159,7 @@ def to_8_bits(values: Tensor) -> Tensor:
     """Values in [-1, 1], or beyond, to the nearest 8-bit value."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
-# %% ../nbs/03_patchgpt.ipynb #7ff68137
+# %% ../nbs/03_patchgpt.ipynb #81565733
 class GaussianMixtureHead(nn.Module):
     """A mixture of K Gaussians over the whole patch, each with a mean and a scale for every value.
 
@@ -212,7 +212,7 @@ class GaussianMixtureHead(nn.Module):
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return to_8_bits(mean + temperature * log_scale.exp() * noise) / 2 + 0.5
 
-# %% ../nbs/03_patchgpt.ipynb #87dce3cf
+# %% ../nbs/03_patchgpt.ipynb #25473415
 class LogisticMixtureHead(nn.Module):
     """For each pixel a mixture of K logistics, whose red moves green, and both move blue.
 
@@ -310,7 +310,7 @@ class LogisticMixtureHead(nn.Module):
 
 HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead, "logistic": LogisticMixtureHead}
 
-# %% ../nbs/03_patchgpt.ipynb #c229093e
+# %% ../nbs/03_patchgpt.ipynb #5f9eec4a
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the patches of a picture, continuous in and continuous out.
 
@@ -327,8 +327,8 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         self.embed = nn.Linear((1 + config.above) * self.values, config.dim)
         self.start = nn.Parameter(0.02 * torch.randn(config.dim))
         self.transformer = Transformer(TransformerConfig(
-            self.length, config.depth, config.heads, config.dim, config.dropout, config.bias,
-            row_length=self.columns if config.positions == "rowcol" else None,
+            block_size=self.length, depth=config.depth, heads=config.heads, dim=config.dim, dropout=config.dropout,
+            bias=config.bias, row_length=self.columns if config.positions == "rowcol" else None,
         ))
         self.head = HEADS[config.head](config)
 
@@ -435,7 +435,7 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
             pass
         return self.decode(patches).clone()
 
-# %% ../nbs/03_patchgpt.ipynb #9e1c276b
+# %% ../nbs/03_patchgpt.ipynb #21db5b7a
 def next_patch_loss(model: PatchGPT, batch: Item) -> Tensor:
     """The head's loss, a mean over all values, of each patch of the pictures given the ones before it."""
     patches = model.encode(batch.image)                           # (B, T, D)
@@ -452,7 +452,7 @@ def next_patch_error(model: PatchGPT, batch: Item) -> Tensor:
     patches = model.encode(batch.image)
     return F.mse_loss(expected_patches(model, patches), patches)
 
-# %% ../nbs/03_patchgpt.ipynb #ce8310cf
+# %% ../nbs/03_patchgpt.ipynb #c2ed0e1a
 @torch.inference_mode()
 def drift(
     model: PatchGPT, images: Tensor, given: int, generator: torch.Generator | None = None

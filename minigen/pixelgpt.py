@@ -106,8 +106,9 @@ class PixelGPT(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.tokenizer = ColorTokenizer(config.bits)
         self.gpt = GPT(GPTConfig(
-            config.size**2, config.depth, config.heads, config.dim, config.dropout, config.bias,
-            row_length=config.size if config.positions == "rowcol" else None, vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.tokenizer.vocab_size, block_size=config.size**2, depth=config.depth, heads=config.heads,
+            dim=config.dim, dropout=config.dropout, bias=config.bias,
+            row_length=config.size if config.positions == "rowcol" else None,
         ))
 
     def forward(self, tokens: Tensor) -> Tensor:

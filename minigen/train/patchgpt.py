@@ -69,7 +69,7 @@ class Config:
     out: Path = Path("runs/patchgpt")  # checkpoint, pictures and result.json go here
 
 
-# The document's width, heads, layers and patch. It names neither data nor steps nor rate, so these are chapter 1's.
+# The document's width, heads, layers and patch. It names neither data nor steps nor rate; those are ours.
 LARGE = dict(size=64, dim=512, heads=8, depth=6, train_images=50_000, val_images=1000, steps=10_000, batch_size=64, warmup=500,
              sample_at=(200, 400, 800, 1600, 3000, 6000, 10_000), save_every=500)
 
@@ -93,8 +93,10 @@ def main(config: Config) -> dict:
     """
     torch.manual_seed(config.seed)
     device = pick_device()
-    model = PatchGPT(PatchGPTConfig(config.size, config.size, config.patch_size, config.head, config.mixtures, config.neighbours,
-                                    config.above, config.noise, config.positions, config.depth, config.heads, config.dim, config.dropout)).to(device)
+    model = PatchGPT(PatchGPTConfig(
+        config.size, config.size, config.patch_size, config.head, config.mixtures, config.neighbours, config.above, config.noise,
+        config.positions, config.depth, config.heads, config.dim, config.dropout,
+    )).to(device)
     average = deepcopy(model) if config.ema else None
     drawn = model if average is None else average  # the one to evaluate, to draw with and to keep
     train = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
