@@ -6,8 +6,8 @@ __all__ = ['WHOLE', 'pick_device', 'pick_preset', 'pick_dtype', 'FitConfig', 'le
            'press', 'remove_whole', 'last_state', 'clear_state', 'differences', 'save_state', 'find_state',
            'naming_the_last_state', 'what_is_left', 'Record', 'read_log', 'looks', 'cut_log', 'write_record',
            'summary_writer', 'Objective', 'is_main_process', 'start_accelerator', 'Trainer', 'fit', 'progress',
-           'save_checkpoint', 'read_config', 'load_checkpoint', 'hardware', 'command_line', 'describe_run', 'ship',
-           'shipped', 'shipped_result']
+           'save_checkpoint', 'read_config', 'load_checkpoint', 'hardware', 'command_line', 'describe_run', 'RunConfig',
+           'finish_run', 'ship', 'shipped', 'shipped_result']
 
 # %% ../nbs/02_training.ipynb #0092739d
 import contextlib
@@ -49,7 +49,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import minigen
-from .data import endless_batches
+from .data import endless_batches, load_dataset
 
 # %% ../nbs/02_training.ipynb #2c45facc
 def pick_device() -> torch.device:
@@ -678,6 +678,57 @@ def describe_run(**about) -> dict:
         commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision")}
     return about | {"hardware": hardware(), "commit": commit, "date": date.today().isoformat(), "versions": versions}
+
+# %% ../nbs/02_training.ipynb #b3f16c8a
+@dataclass
+class RunConfig:
+    """What every training script can be told; a script's `Config` adds the shape of its model."""
+
+    preset: str = "demo"  # where the other defaults come from
+    data: str = "landscapes"  # a data set's name, or a folder of pictures
+    train_images: int = 1600  # how many pictures to draw or read for training
+    val_images: int = 64  # and for the evaluation
+    steps: int = 400  # optimizer steps
+    batch_size: int = 8  # pictures a batch, over all processes together
+    accumulate: int = 1  # batches a step
+    lr: float = 2e-3  # highest learning rate
+    warmup: int = 50  # steps until it is reached
+    ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
+    compile: bool = False  # torch.compile the step
+    sample_at: tuple[int, ...] = (100, 400)  # steps after which to evaluate and draw
+    samples: int = 8  # pictures to draw each time
+    save_every: int = 200  # steps between the states from which a run that was stopped can go on
+    resume: bool = False  # go on from the last state in `out`, where there is one
+    workers: int = 0  # processes that read the pictures ahead
+    tensorboard: bool = False  # write TensorBoard's files to `out`
+    seed: int = 0  # of weights, order of the pictures, and drawing
+    out: Path = Path("runs")  # checkpoint, pictures and result.json go here
+
+    def recipe(self, **changes) -> FitConfig:
+        """The fields that `FitConfig` has too, also those that a script adds; `changes` override them."""
+        known = {field.name for field in fields(FitConfig)}
+        mine = {name: value for name, value in vars(self).items() if name in known}
+        return FitConfig(**{"look_at": self.sample_at} | mine | changes)
+
+    def dataset(self, split: str, size: int) -> Dataset:
+        """The pictures for training ("train") or for the evaluation ("val"), of `size` pixels a side."""
+        length = self.train_images if split == "train" else self.val_images
+        return load_dataset(self.data, size, split, length, seed=self.seed)
+
+# %% ../nbs/02_training.ipynb #8ce5a47b
+def finish_run(script: str, config: RunConfig, presets: dict, metrics: dict, **more) -> dict:
+    """Write the `result.json` of a run that has come to its end, remove its states, and return the result."""
+    log = read_log(config.out)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    result = describe_run(
+        command=command_line(script, config, presets[config.preset]), script=script, preset=config.preset,
+        minutes=round(log[-1]["seconds"] / 60, 2), seed=config.seed, dataset=config.data, metrics=metrics,
+        config=settings, history=looks(log), **more,
+    )
+    write_json(config.out / "result.json", result)
+    clear_state(config.out)
+    return result
 
 # %% ../nbs/02_training.ipynb #284c0112
 def ship(kind: type[nn.Module], run: Path, data: Path) -> None:

@@ -5,6 +5,8 @@ import math
 import os
 import re
 from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from minigen.gpt import GPT, GPTConfig
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig
 from minigen.training import (
     FitConfig,
+    RunConfig,
     command_line,
     decay_groups,
     describe_run,
     evaluate,
+    finish_run,
     fit,
     learning_rate,
     linear_cross_entropy,
@@ -421,3 +425,57 @@ def test_the_command_of_a_run_makes_it_again():
     assert command.startswith("python -m minigen train pixelgpt --preset cpu ")
     again = tyro.cli(Config, default=PRESETS["cpu"], args=command.split()[5:] + ["--out", "x"])
     assert again == config
+
+
+@dataclass
+class ToyConfig(RunConfig):
+    """What a script makes of it: a field of its own, one of `FitConfig` that `RunConfig` lacks, and another default."""
+
+    width: int = 3
+    codes: Path = Path("codes")
+    clip: float = 0.5
+    steps: int = 6
+
+
+def test_a_recipe_takes_every_shared_field():
+    config = RunConfig("x", steps=7, batch_size=3, accumulate=2, lr=0.1, warmup=5, ema=0.5, precision="float32", compile=True,
+                       sample_at=(2, 4), save_every=9, workers=1, tensorboard=True, seed=11)
+    recipe = asdict(config.recipe())
+    shared = {field.name for field in fields(FitConfig)} & set(asdict(config))
+    assert shared == {"steps", "batch_size", "accumulate", "lr", "warmup", "ema", "precision", "compile", "save_every", "workers",
+                      "tensorboard", "seed"}
+    given = {name: asdict(config)[name] for name in shared} | {"look_at": (2, 4)}
+    assert all(value != getattr(FitConfig(), name) for name, value in given.items())
+    assert recipe == asdict(FitConfig()) | given
+    assert config.recipe(weight_decay=0.0, lr=0.2, look_at=()) == replace(config.recipe(), weight_decay=0.0, lr=0.2, look_at=())
+    with pytest.raises(TypeError, match="wieght_decay"):
+        config.recipe(wieght_decay=0.0)
+    toy = ToyConfig("toy")
+    assert toy.preset == "toy" and (toy.recipe().clip, toy.recipe().steps) == (0.5, 6)
+
+
+def test_the_pictures_of_a_run(tmp_path):
+    config = RunConfig(train_images=6, val_images=3, seed=4)
+    train, val = config.dataset("train", 16), config.dataset("val", 16)
+    assert (len(train), len(val)) == (6, 3) and train[0].image.shape == (3, 16, 16)
+    assert not torch.equal(train[0].image, val[0].image)
+    assert not torch.equal(train[0].image, replace(config, seed=5).dataset("train", 16)[0].image)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        replace(config, data=str(tmp_path / "nowhere")).dataset("val", 16)
+
+
+def test_the_end_of_a_run(tmp_path):
+    config = ToyConfig("test", width=5, save_every=2, sample_at=(2,), out=tmp_path)
+    _, records = regression(config.steps, folder=tmp_path, save_every=config.save_every, look_at=config.sample_at)
+    for record in records:
+        if record.look:
+            record.metrics["score"] = record.step
+    assert list(tmp_path.glob("state-*"))
+    result = finish_run("toy", config, {"test": ToyConfig("test")}, {"score": 1}, drift=[1, 2])
+    assert result == json.loads((tmp_path / "result.json").read_text()) | {"config": result["config"]}
+    assert list(result) == ["command", "script", "preset", "minutes", "seed", "dataset", "metrics", "config", "history", "drift",
+                            "hardware", "commit", "date", "versions"]
+    assert result["command"] == "python -m minigen train toy --preset test --sample-at 2 --save-every 2 --width 5"
+    assert [look["score"] for look in result["history"]] == [2, 6] and result["metrics"] == {"score": 1} and result["drift"] == [1, 2]
+    assert result["config"] == asdict(config) | {"out": str(tmp_path), "codes": "codes"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "result.json"}

@@ -3,7 +3,7 @@
 import math
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,28 +14,23 @@ from minigen.patchgpt import PatchGPT, PatchGPTConfig, drift, next_patch_error, 
 from minigen.pixelgpt import neighbour_correlation, row_statistics_distance
 from minigen.show import save_grid
 from minigen.training import (
-    FitConfig,
-    clear_state,
-    command_line,
-    describe_run,
+    RunConfig,
     evaluate,
+    finish_run,
     fit,
     is_main_process,
     load_checkpoint,
-    looks,
     pick_device,
     progress,
     read_log,
     save_checkpoint,
-    write_json,
 )
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """A run of chapter 3. Every field can be set on the command line; the rest is the preset's."""
 
-    preset: str = "demo"  # where the other defaults come from
     size: int = 16  # side of the square pictures, in pixels
     patch_size: int = 4  # side of a patch, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "logistic"  # a single guess, or a distribution to draw from
@@ -48,24 +43,6 @@ class Config:
     heads: int = 4  # attention heads
     dim: int = 128  # width
     dropout: float = 0.0  # share of activations left out in training
-    data: str = "landscapes"  # a data set's name, or a folder of pictures
-    train_images: int = 1600  # how many pictures to draw or read for training
-    val_images: int = 64  # and for the evaluation
-    steps: int = 400  # optimizer steps
-    batch_size: int = 8  # pictures a batch, over all processes together
-    accumulate: int = 1  # batches a step
-    lr: float = 2e-3  # highest learning rate
-    warmup: int = 50  # steps until it is reached
-    ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
-    compile: bool = False  # torch.compile the step
-    sample_at: tuple[int, ...] = (100, 400)  # steps after which to evaluate and draw
-    samples: int = 8  # pictures to draw each time
-    save_every: int = 200  # steps between the states from which a run that was stopped can go on
-    resume: bool = False  # go on from the last state in `out`, where there is one
-    workers: int = 0  # processes that read the pictures ahead
-    tensorboard: bool = False  # write TensorBoard's files to `out`
-    seed: int = 0  # of weights, order of the pictures, and drawing
     out: Path = Path("runs/patchgpt")  # checkpoint, pictures and result.json go here
 
 
@@ -99,16 +76,12 @@ def main(config: Config) -> dict:
     )).to(device)
     average = deepcopy(model) if config.ema else None
     drawn = model if average is None else average  # the one to evaluate, to draw with and to keep
-    train = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
-    val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
+    val = config.dataset("val", config.size)
     val_images = torch.stack([item.image for item in val])
     tops = model.encode(val_images[: config.samples])[:, : model.length // 2]
 
-    recipe = FitConfig(config.steps, config.batch_size, config.accumulate, config.lr, config.warmup, ema=config.ema,
-                       precision=config.precision, compile=config.compile, seed=config.seed, look_at=config.sample_at,
-                       save_every=config.save_every, workers=config.workers, tensorboard=config.tensorboard)
-    records = fit(model, train, next_patch_loss, recipe, average=average, folder=config.out, resume=config.resume,
-                  settings={"data": config.data})
+    records = fit(model, config.dataset("train", config.size), next_patch_loss, config.recipe(), average=average, folder=config.out,
+                  resume=config.resume, settings={"data": config.data})
     patches_per_step = config.batch_size * config.accumulate * model.length
     for record in progress(records, config.steps, patches_per_step, f"patchgpt {config.preset} {config.head}"):
         if record.look and is_main_process():
@@ -132,25 +105,15 @@ def main(config: Config) -> dict:
     start = time.perf_counter()
     drawn.draw(1, generator=torch.Generator(device).manual_seed(config.seed))
     seconds_per_picture = time.perf_counter() - start
-    log = read_log(config.out)
-    last = log[-1]
+    last = read_log(config.out)[-1]
     likelihood = {} if config.head == "mse" else {"bits_per_dimension": last["val_loss"] / math.log(2)}
-    result = describe_run(
-        command=command_line("patchgpt", config, PRESETS[config.preset]), script="patchgpt", preset=config.preset,
-        minutes=round(last["seconds"] / 60, 2), seed=config.seed, dataset=config.data,
-        metrics=likelihood | {
-            "val_loss": last["val_loss"], "error_in_levels": last["val_error"],
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "patches_per_second": config.steps * patches_per_step / last["seconds"],
-            "seconds_per_picture": seconds_per_picture,
-            "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
-        },
-        config=asdict(config) | {"out": str(config.out)}, history=looks(log),
-        drift={"after_real_patches": forced.tolist(), "after_drawn_patches": free.tolist()},
-    )
-    write_json(config.out / "result.json", result)
-    clear_state(config.out)
-    return result
+    return finish_run("patchgpt", config, PRESETS, likelihood | {
+        "val_loss": last["val_loss"], "error_in_levels": last["val_error"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "patches_per_second": config.steps * patches_per_step / last["seconds"],
+        "seconds_per_picture": seconds_per_picture,
+        "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
+    }, drift={"after_real_patches": forced.tolist(), "after_drawn_patches": free.tolist()})
 
 
 @dataclass

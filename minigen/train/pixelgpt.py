@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,28 +21,23 @@ from minigen.pixelgpt import (
 )
 from minigen.show import save_grid
 from minigen.training import (
-    FitConfig,
-    clear_state,
-    command_line,
-    describe_run,
+    RunConfig,
     evaluate,
+    finish_run,
     fit,
     is_main_process,
     load_checkpoint,
-    looks,
     pick_device,
     progress,
     read_log,
     save_checkpoint,
-    write_json,
 )
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """A run of chapter 1. Every field can be set on the command line; the rest is the preset's."""
 
-    preset: str = "demo"  # where the other defaults come from
     size: int = 16  # side of the square pictures, in pixels
     bits: int = 4  # bits kept of each channel; 4 give 4096 colours
     positions: Literal["learned", "rowcol"] = "learned"  # one vector a place, or one for its row and one for its column
@@ -51,24 +46,12 @@ class Config:
     heads: int = 4  # attention heads
     dim: int = 128  # width
     dropout: float = 0.0  # share of activations left out in training
-    data: str = "landscapes"  # a data set's name, or a folder of pictures
     train_images: int = 400  # how many pictures to draw or read for training
-    val_images: int = 64  # and for the evaluation
     steps: int = 50  # optimizer steps
-    batch_size: int = 8  # pictures a batch, over all processes together
-    accumulate: int = 1  # batches a step
     lr: float = 4e-3  # highest learning rate
     warmup: int = 10  # steps until it is reached
-    ema: float = 0.0  # averaged weights, which are then the ones to draw with: how much of them stays at each step
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass; auto: bfloat16 where it is fast
-    compile: bool = False  # torch.compile the step
     sample_at: tuple[int, ...] = (5, 12, 25, 50)  # steps after which to evaluate and draw
-    samples: int = 8  # pictures to draw each time
     save_every: int = 25  # steps between the states from which a run that was stopped can go on
-    resume: bool = False  # go on from the last state in `out`, where there is one
-    workers: int = 0  # processes that read the pictures ahead
-    tensorboard: bool = False  # write TensorBoard's files to `out`
-    seed: int = 0  # of weights, order of the pictures, and drawing
     out: Path = Path("runs/pixelgpt")  # checkpoint, pictures and result.json go here
 
 
@@ -90,8 +73,7 @@ PRESETS = {
 
 def sequences(config: Config, model: PixelGPT) -> Dataset:
     """The training data as tokens (T,): whole pictures, or windows as the published run cut them."""
-    pictures = load_dataset(config.data, config.size, "train", config.train_images, seed=config.seed)
-    tokens = TokenDataset(pictures, model.tokenizer)
+    tokens = TokenDataset(config.dataset("train", config.size), model.tokenizer)
     return WindowDataset(tokens, config.size**2 - 1) if config.sequences == "windows" else tokens
 
 
@@ -106,14 +88,11 @@ def main(config: Config) -> dict:
                                     config.dropout)).to(device)
     average = deepcopy(model) if config.ema else None
     drawn = model if average is None else average  # the one to evaluate, to draw with and to keep
-    val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
+    val = config.dataset("val", config.size)
     val_images = torch.stack([item.image for item in val])
     prompt = model.tokenizer.encode(val_images[: config.samples])[:, :1]  # their first pixels
 
-    recipe = FitConfig(config.steps, config.batch_size, config.accumulate, config.lr, config.warmup, ema=config.ema,
-                       precision=config.precision, compile=config.compile, seed=config.seed, look_at=config.sample_at,
-                       save_every=config.save_every, workers=config.workers, tensorboard=config.tensorboard)
-    records = fit(model, sequences(config, model), next_pixel_loss, recipe, average=average, folder=config.out,
+    records = fit(model, sequences(config, model), next_pixel_loss, config.recipe(), average=average, folder=config.out,
                   resume=config.resume, settings={"data": config.data, "sequences": config.sequences})
     tokens_per_step = config.batch_size * config.accumulate * (config.size**2 - 1)
     for record in progress(records, config.steps, tokens_per_step, f"pixelgpt {config.preset}"):
@@ -131,22 +110,14 @@ def main(config: Config) -> dict:
     if not is_main_process():
         return {}
 
-    log = read_log(config.out)
-    last, bits = log[-1], log[-1]["val_loss"] / math.log(2)
-    result = describe_run(
-        command=command_line("pixelgpt", config, PRESETS[config.preset]), script="pixelgpt", preset=config.preset,
-        minutes=round(last["seconds"] / 60, 2), seed=config.seed, dataset=config.data,
-        metrics={
-            "val_loss": last["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens_per_second": config.steps * tokens_per_step / last["seconds"],
-            "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
-        },
-        config=asdict(config) | {"out": str(config.out)}, history=looks(log),
-    )
-    write_json(config.out / "result.json", result)
-    clear_state(config.out)
-    return result
+    last = read_log(config.out)[-1]
+    bits = last["val_loss"] / math.log(2)
+    return finish_run("pixelgpt", config, PRESETS, {
+        "val_loss": last["val_loss"], "bits_per_pixel": bits, "bits_per_dimension": bits / 3,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_per_second": config.steps * tokens_per_step / last["seconds"],
+        "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
+    })
 
 
 @dataclass
