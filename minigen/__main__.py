@@ -1,4 +1,4 @@
-"""The command line: `python -m minigen train | sample | info | ship | bench`. `--help` after each says more."""
+"""The command line: `python -m minigen COMMAND ...`; without one it lists them. `--help` after each says more."""
 
 import argparse
 import importlib
@@ -7,11 +7,15 @@ import math
 import os
 import pkgutil
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 COMMANDS = """\
   train CHAPTER        train the model of a chapter, e.g. `train pixelgpt --preset demo`
   sample CHECKPOINT    draw pictures with a trained model: a folder that `train` wrote, or a name on the hub
+  extract-codes        turn a data set or a folder of pictures into codes once, to train on them many times
   info [CHECKPOINT]    what this machine has, the chapters and their presets; or what a checkpoint is
   ship RUN             put a finished run into the repository's data/: checkpoint, result and pictures
   bench [NAME ...]     measure speed and memory against the plain way, as ratios within this run
@@ -75,6 +79,40 @@ def sample(arguments: list[str]) -> None:
     print(module.sample(arguments[0], options))
 
 
+@dataclass
+class ExtractOptions:
+    """Encode pictures once, into a folder of codes. The same command goes on where it was stopped."""
+
+    data: str  # a data set's name, or a folder of pictures of any size
+    tokenizer: str  # a folder that `train vq` wrote, OWNER/NAME on the hub, or a file of LlamaGen's, *.pt
+    out: Path  # folder to write
+    size: int = 256  # side of the square pictures that are encoded, in pixels
+    split: Literal["train", "val", "test"] = "train"  # which pictures
+    length: int | None = None  # at most so many of them
+    seed: int = 0  # which ones these are
+    flip: bool = True  # each picture as it is, and mirrored
+    ten_crop: bool = False  # instead four corners and the middle, each as it is and mirrored, as LlamaGen does
+    crop_range: float = 1.1  # ten crops: how many times as large as a crop the picture is
+    batch_size: int = 32  # pictures encoded at a time, by each process
+    processes: int = 1  # that share the work
+    on_error: Literal["raise", "skip"] = "raise"  # at a picture that cannot be read: stop, or leave it out
+
+
+def extract(arguments: list[str]) -> None:
+    """python -m minigen extract-codes --data NAME --tokenizer NAME --out FOLDER [options]"""
+    import tyro
+
+    from minigen.codes import extract_codes, images_done
+
+    options = tyro.cli(ExtractOptions, args=arguments, prog="minigen extract-codes")
+    before, start = images_done(options.out), time.perf_counter()
+    codes = extract_codes(**vars(options))
+    (images, variants, tokens), seconds = codes.codes.shape, time.perf_counter() - start
+    rate = f"{(images - before) / seconds:.3g} images/s" if images > before else "all there already"
+    print(f"{options.out}: {images} images, {variants} variants of each, {tokens} tokens each, "
+          f"{images * variants * tokens} in all; {rate}")
+
+
 def info(arguments: list[str]) -> None:
     """python -m minigen info [CHECKPOINT]"""
     parser = argparse.ArgumentParser("minigen info", description="What this machine has, or what a checkpoint is.")
@@ -111,17 +149,18 @@ def info(arguments: list[str]) -> None:
 
 
 def ship(arguments: list[str]) -> None:
-    """python -m minigen ship RUN [--data FOLDER]"""
+    """python -m minigen ship RUN [--data FOLDER] [--without-weights]"""
     parser = argparse.ArgumentParser("minigen ship", description="Put a finished run into data/, under the run's own name.")
     parser.add_argument("run", type=Path, help="a folder that `train` wrote, named CHAPTER-PRESET-VARIANT")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the repository's folder (default: data)")
+    parser.add_argument("--without-weights", action="store_true", help="only the result and its pictures")
     options = parser.parse_args(arguments)
     from minigen.training import read_config
     from minigen.training import ship as put
 
     module, _, name = read_config(options.run)["model"].rpartition(".")
-    put(getattr(importlib.import_module(module), name), options.run, options.data)
-    print(options.data / "checkpoints" / options.run.name)
+    put(getattr(importlib.import_module(module), name), options.run, options.data, not options.without_weights)
+    print(options.data / ("results" if options.without_weights else "checkpoints") / options.run.name)
 
 
 def bench(arguments: list[str]) -> None:
@@ -134,7 +173,7 @@ def bench(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in its words or files is a sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "sample": sample, "info": info, "ship": ship, "bench": bench}
+    commands = {"train": train, "sample": sample, "extract-codes": extract, "info": info, "ship": ship, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m minigen COMMAND ...\n\n{COMMANDS}")
         return 0 if arguments else 2

@@ -731,13 +731,15 @@ def finish_run(script: str, config: RunConfig, presets: dict, metrics: dict, **m
     return result
 
 # %% ../nbs/02_training.ipynb #284c0112
-def ship(kind: type[nn.Module], run: Path, data: Path) -> None:
+def ship(kind: type[nn.Module], run: Path, data: Path, weights: bool = True) -> None:
     """Copy a finished run into the repository's folder `data`, under the run's own name.
 
-    The checkpoint goes to `data/checkpoints` in half precision, result and pictures to `data/results`.
+    The checkpoint goes to `data/checkpoints` in half precision, unless it is to stay without its `weights`; result and
+    pictures go to `data/results`.
     """
     result = json.loads((run / "result.json").read_text())
-    save_checkpoint(load_checkpoint(kind, run), data / "checkpoints" / run.name, torch.float16)
+    if weights:
+        save_checkpoint(load_checkpoint(kind, run), data / "checkpoints" / run.name, torch.float16)
     pictures = data / "results" / run.name
     pictures.mkdir(parents=True, exist_ok=True)
     for picture in run.glob("*.png"):
@@ -745,15 +747,15 @@ def ship(kind: type[nn.Module], run: Path, data: Path) -> None:
     write_json(data / "results" / f"{run.name}.json", result)
 
 
-def shipped(chapter: str, variant: str) -> Path:
-    """The folder of the best checkpoint of a chapter that lies in the repository's `data/checkpoints`."""
-    folder = Path(minigen.__file__).resolve().parents[1] / "data" / "checkpoints"
+def shipped(chapter: str, variant: str, what: Literal["checkpoints", "results"] = "checkpoints") -> Path:
+    """The folder of the best run of a chapter that lies in the repository's `data`: its checkpoint, or its pictures."""
+    folder = Path(minigen.__file__).resolve().parents[1] / "data" / what
     for preset in ("full", "cpu"):
         if (folder / f"{chapter}-{preset}-{variant}").exists():
             return folder / f"{chapter}-{preset}-{variant}"
-    raise FileNotFoundError(f"no checkpoint of {chapter} ({variant}) in {folder}: it comes with a clone of the repository")
+    raise FileNotFoundError(f"no {what} of {chapter} ({variant}) in {folder}: they come with a clone of the repository")
 
 
-def shipped_result(checkpoint: Path) -> dict:
-    """The result file in `data/results` that belongs to a checkpoint in `data/checkpoints`."""
-    return json.loads((checkpoint.parents[1] / "results" / f"{checkpoint.name}.json").read_text())
+def shipped_result(folder: Path) -> dict:
+    """The result file in `data/results` of a run whose folder `shipped` has found."""
+    return json.loads((folder.parents[1] / "results" / f"{folder.name}.json").read_text())

@@ -69,6 +69,8 @@ def test_ship_puts_a_run_into_data(trained):
     half, whole = (folder / "model.safetensors" for folder in (trained / "data/checkpoints/run", trained / "run"))
     assert half.stat().st_size < 0.6 * whole.stat().st_size
     run("sample", "data/checkpoints/run", "--count", "2", "--out", "shipped.png", cwd=trained)
+    run("ship", "run", "--data", "light", "--without-weights", cwd=trained)
+    assert (trained / "light/results/run.json").exists() and not (trained / "light/checkpoints").exists()
 
 
 @pytest.mark.parametrize("checkpoint", sorted((ROOT / "data/checkpoints").glob("pixelgpt-*")), ids=lambda path: path.name)

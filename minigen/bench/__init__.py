@@ -8,8 +8,12 @@ taken again, a few times at most.
 import argparse
 import importlib
 import json
+import os
 import pkgutil
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -72,6 +76,21 @@ def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5, re
                     break
             taken[name].append(value)
     return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def alone(module: str, *arguments) -> float:
+    """The number that `python -m module arguments` prints, as of memory, which only a new process can measure."""
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    return json.loads(done.stdout)
+
+
+def highest_memory() -> int:
+    """The most bytes that this process has held."""
+    if os.path.exists("/proc/self/status"):  # where `ru_maxrss` counts the process that started this one, too
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,9 +1,6 @@
 """How fast chapter 2 trains and how much memory it takes, against nanoGPT's plain formulation of the same step."""
 
 import json
-import os
-import resource
-import subprocess
 import sys
 
 import psutil
@@ -11,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigen.bench import Row, medians
+from minigen.bench import Row, alone, highest_memory, medians
 from minigen.gpt import GPT, GPTConfig
 from minigen.training import decay_groups, linear_cross_entropy, pick_device
 
@@ -54,15 +51,11 @@ class Step:
         return value.item()
 
 
-def added_peak(loss: str, dtype: str, length: int) -> int:
-    """Bytes that a step adds to what the process held before it, at its highest; measured in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", __name__, loss, dtype, str(length)], capture_output=True, text=True, check=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
-    return json.loads(done.stdout)
-
-
 def measure_peak(loss: str, dtype: str, length: int) -> int:
-    """What `added_peak` runs: a short step, so that gradients and moments are there, and then the one that counts."""
+    """Bytes that a step adds to what the process held before it, at its highest.
+
+    First a short step, so that gradients and moments are there, and then the one that counts.
+    """
     step = Step(loss, getattr(torch, dtype), length)
     whole, step.tokens = step.tokens, step.tokens[:, :65]
     step()
@@ -70,14 +63,6 @@ def measure_peak(loss: str, dtype: str, length: int) -> int:
     before = psutil.Process().memory_info().rss
     step()
     return highest_memory() - before
-
-
-def highest_memory() -> int:
-    """The most bytes that this process has held."""
-    if os.path.exists("/proc/self/status"):  # where `ru_maxrss` counts the process that started this one, too
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gpu_rows(device: torch.device, length: int, batch: int, repetitions: int) -> list[Row]:
@@ -105,7 +90,7 @@ def rows(quick: bool = False) -> list[Row]:
              "bfloat16": Step("pieces", torch.bfloat16, length)}
     difference = abs(steps["plain"]() - steps["pieces"]())
     time = medians(steps, repetitions)
-    peak = {(loss, dtype): added_peak(loss, dtype, length) for loss, dtype in
+    peak = {(loss, dtype): alone(__name__, loss, dtype, length) for loss, dtype in
             [("plain", "float32"), ("pieces", "float32"), ("pieces", "bfloat16")]}
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     slow = "" if fast_bf16 else "; this processor has no bfloat16 instructions: it is emulated"
