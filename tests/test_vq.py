@@ -17,7 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from minigen.data import load_dataset
-from minigen.training import load_checkpoint, save_checkpoint
+from minigen.training import load_checkpoint, save_checkpoint, shipped_result
 from minigen.vq import (
     FSQ,
     LLAMAGEN,
@@ -28,6 +28,7 @@ from minigen.vq import (
     codebook_use,
     kmeans,
     llamagen_names,
+    load_tokenizer,
     nearest_code,
     reconstruction_quality,
     two_best,
@@ -672,3 +673,16 @@ def test_without_the_weights_of_vgg_a_sentence(monkeypatch):
     monkeypatch.setattr(torchvision.models.VGG16_Weights.IMAGENET1K_V1.__class__, "get_state_dict", unreachable)
     with pytest.raises(OSError, match="vgg16-397923af.pth, 528 MB.*no route to host.*perceptual 0"):
         VQGAN(small(), perceptual=1.0)
+
+
+# --- what ships
+
+
+@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data/checkpoints").glob("vq-*")), ids=lambda path: path.name)
+def test_shipped_tokenizers_are_as_good_as_their_result_says(checkpoint):
+    about = shipped_result(checkpoint)
+    config, metrics = about["config"], about["metrics"]
+    val = load_dataset(config["data"], config["size"], "val", config["val_images"], seed=config["seed"])
+    found = reconstruction_quality(load_tokenizer(checkpoint), torch.stack([item.image for item in val]))
+    for name, close in {"psnr": 0.05, "ssim": 0.005, "usage": 0.01, "perplexity": 10.0}.items():
+        assert found[name] == pytest.approx(metrics[name], abs=close), name
