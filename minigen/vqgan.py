@@ -14,11 +14,11 @@ from torch.func import functional_call
 from .data import Item
 from .vq import VQModel, norm
 
-# %% ../nbs/04_vq_tokenizer.ipynb #b0b86893
+# %% ../nbs/04_vq_tokenizer.ipynb #51d4118f
 class PatchDiscriminator(nn.Sequential):
     """Pictures (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w), one for each patch: is it of a real picture?
 
-    The network of Isola et al. 2017 (appendix 6.1.2) with `layers` halvings, and with group norm in place of batch norm, so
+    The network of Isola et al. 2017 (appendix 6.1.2) with `layers` halvings, for sides of 2^(layers + 2) and more; with group norm in place of batch norm, so
     that a picture is judged by itself.
     """
 
@@ -69,7 +69,7 @@ class PerceptualLoss:
     def __deepcopy__(self, memo) -> "PerceptualLoss":
         return self  # its weights never change
 
-# %% ../nbs/04_vq_tokenizer.ipynb #dd737668
+# %% ../nbs/04_vq_tokenizer.ipynb #c64ede1a
 class VQGAN(nn.Module):
     """A tokenizer in training, with what judges its pictures; called with images (B, 3, H, W) it returns the loss to minimise.
 
@@ -78,11 +78,12 @@ class VQGAN(nn.Module):
     both sides, since neither part of it has gradients for the other's weights.
     """
 
-    def __init__(self, model: VQModel, adversarial: float = 0.0, perceptual: float = 0.0, start: int = 0, channels: int = 64):
+    def __init__(self, model: VQModel, adversarial: float = 0.0, perceptual: float = 0.0, start: int = 0, channels: int = 64,
+                 layers: int = 3):
         super().__init__()
         self.config = model.config
         self.model, self.adversarial, self.weight, self.start_at = model, adversarial, perceptual, start
-        self.discriminator = PatchDiscriminator(channels) if adversarial else None
+        self.discriminator = PatchDiscriminator(channels, layers) if adversarial else None
         self.perceptual = PerceptualLoss() if perceptual else None
         self.register_buffer("batches", torch.tensor(0))  # seen in training; saved with a run's state
 

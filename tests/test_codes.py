@@ -9,9 +9,9 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import zlib
 from pathlib import Path
@@ -264,7 +264,7 @@ def test_killed_while_the_files_are_made(place):
     lines = lines_of(lambda: create_files(place / "codes", card))
     shutil.rmtree("codes")
     made = 0
-    for moment in range(1, lines + 1):
+    for moment in [*sorted(random.Random(0).sample(range(1, lines - 5), 25)), *range(lines - 5, lines + 1)]:
         assert lines_of(lambda: create_files(place / "codes", card), moment) == -signal.SIGKILL
         if Path("codes").exists():
             made += 1
@@ -273,12 +273,12 @@ def test_killed_while_the_files_are_made(place):
                 extract()
                 same(place / "codes-a", place / "codes")
             shutil.rmtree("codes")
-    assert 0 < made < 10 < lines, "the last lines come after the renaming"
+    assert 0 < made < 6 and lines > 50, "the last lines come after the renaming"
     extract()
     same(place / "codes-a", place / "codes")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_again_and_again(place, logged, seed):
     """The same as undisturbed, and what is marked is never encoded again."""
     extract("codes-a")
@@ -342,30 +342,38 @@ def test_a_worker_that_fails(place, forks, monkeypatch):
     assert extract(processes=2).card["complete"]
 
 
-@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize("batches", [1, 3])
 def test_killed_with_its_workers(place, forks, monkeypatch, batches):
     """Workers do not outlive the process that started them."""
     extract("codes-a")
 
     def kill_the_parent():
+        Path("codes-worker").write_text(str(os.getpid()))
         os.kill(os.getppid(), signal.SIGKILL)
-        signal.pause()  # the death of the parent ends this
+        time.sleep(60)  # the death of the parent ends this
 
     with monkeypatch.context() as patch:
         deadly(patch, 2 * batches, kill_the_parent)
         assert in_fork(lambda: extract(processes=2)) == -signal.SIGKILL
+    for _ in range(100):
+        worker = int(Path("codes-worker").read_text())
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the worker lives on")
     assert images_done(Path("codes")) < 20
     extract(processes=2)
     same(place / "codes-a", place / "codes")
 
 
 def test_the_command(place, capsys):
-    """In a process of its own, with workers that start from nothing."""
+    """Its workers are processes that start from nothing."""
     options = ["extract-codes", "--data", "photos", "--tokenizer", "tokenizer", "--size", "16", "--ten-crop", "--crop-range", "1.1",
                "--batch-size", "3"]
-    done = subprocess.run([sys.executable, "-m", "minigen", *options, "--out", "codes/", "--processes", "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("codes: 20 images, 10 variants of each, 16 tokens each, 3200 in all; ") and "images/s" in done.stdout
+    assert main([*options, "--out", "codes/", "--processes", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("codes: 20 images, 10 variants of each, 16 tokens each, 3200 in all; ") and printed.endswith("images/s")
     assert main([*options, "--out", "codes-one"]) == 0
     same(place / "codes", place / "codes-one")
     capsys.readouterr()

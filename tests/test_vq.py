@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from minigen.data import load_dataset
+from minigen.train import vq as script
 from minigen.training import load_checkpoint, save_checkpoint, shipped_result
 from minigen.vq import (
     FSQ,
@@ -673,6 +674,23 @@ def test_without_the_weights_of_vgg_a_sentence(monkeypatch):
     monkeypatch.setattr(torchvision.models.VGG16_Weights.IMAGENET1K_V1.__class__, "get_state_dict", unreachable)
     with pytest.raises(OSError, match="vgg16-397923af.pth, 528 MB.*no route to host.*perceptual 0"):
         VQGAN(small(), perceptual=1.0)
+
+
+# --- the script
+
+
+def test_a_run_begins_with_a_tokenizer_that_is_there(tmp_path):
+    test = replace(script.PRESETS["test"], quantizer="gradient", kmeans=False, restart=0.0)
+    script.main(replace(test, out=tmp_path / "first"))
+    judged = replace(test, init=str(tmp_path / "first"), lr=0.0, adversarial=0.5, adversarial_channels=8, seed=1, out=tmp_path / "second")
+    result = script.main(judged)
+    assert "--init" in result["command"] and math.isfinite(result["metrics"]["psnr"])
+    first, second = (load_tokenizer(tmp_path / name).state_dict() for name in ("first", "second"))
+    for name in first:
+        if name != "quantizer.counts":
+            assert torch.equal(first[name], second[name]), f"{name} moved at a rate of zero"
+    with pytest.raises(ValueError, match="another shape than this run: codes = 32, here 64"):
+        script.main(replace(judged, codes=64, out=tmp_path / "third"))
 
 
 # --- what ships

@@ -2,7 +2,7 @@
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from minigen.data import load_dataset
 from minigen.show import save_grid
 from minigen.training import (
     RunConfig,
+    differences,
     evaluate,
     finish_run,
     fit,
@@ -28,6 +29,7 @@ from minigen.vqgan import VQGAN, tokenizer_loss
 class Config(VQConfig, RunConfig):
     """A run of chapter 4. Every field can be set on the command line; the rest is the preset's."""
 
+    init: str = ""  # a tokenizer of the same shape to begin with, as `load_tokenizer` takes it; empty: begin with nothing
     size: int = 32  # side of the square pictures, in pixels
     downsample: int = 4  # pixels of the picture's side for one token: 4, 8 or 16
     channels: int = 16  # width of the convolutions at the picture's own size
@@ -72,8 +74,14 @@ def main(config: Config) -> dict:
     torch.manual_seed(config.seed)
     device = pick_device()
     model = VQModel(VQConfig(**{field.name: getattr(config, field.name) for field in fields(VQConfig)}))
+    if config.init:
+        beginning = load_tokenizer(config.init)
+        if found := differences(asdict(beginning.config), asdict(model.config)):
+            raise ValueError(f"{config.init} has another shape than this run: {'; '.join(found)}. Give the options that it was trained with")
+        model.load_state_dict(beginning.state_dict())
     tokens_per_image = math.prod(model.grid(config.size, config.size))
-    gan = VQGAN(model, config.adversarial, config.perceptual, config.adversarial_start * config.accumulate, config.adversarial_channels).to(device)
+    gan = VQGAN(model, config.adversarial, config.perceptual, config.adversarial_start * config.accumulate, config.adversarial_channels,
+                layers=min(3, config.size.bit_length() - 3)).to(device)
     average = deepcopy(gan) if config.ema else None
     kept = gan if average is None else average  # the one to evaluate and to keep
     val = config.dataset("val", config.size)
