@@ -1,6 +1,7 @@
 """Chapter 4: quantisers, the tokenizer, LlamaGen's checkpoints, and what judges pictures."""
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from minigen.__main__ import main
 from minigen.data import load_dataset
 from minigen.train import vq as script
 from minigen.training import load_checkpoint, save_checkpoint, shipped_result
@@ -704,3 +706,11 @@ def test_shipped_tokenizers_are_as_good_as_their_result_says(checkpoint):
     found = reconstruction_quality(load_tokenizer(checkpoint), torch.stack([item.image for item in val]))
     for name, close in {"psnr": 0.05, "ssim": 0.005, "usage": 0.01, "perplexity": 10.0}.items():
         assert found[name] == pytest.approx(metrics[name], abs=close), name
+
+
+def test_bench(capsys):
+    assert main(["bench", "vq", "--quick", "--json"]) == 0
+    rows = {row["case"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert [row["value"] for case, row in rows.items() if "differ from float64" in case] == [0, 0]
+    assert [row["value"] < 0.5 for case, row in rows.items() if "16384 codes of 8: added peak memory" in case] == [True]
+    assert [row["value"] > 5 for case, row in rows.items() if "read at random" in case] == [True]

@@ -2,13 +2,19 @@
 
 import json
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
 from minigen.bench import Row, alone, highest_memory, medians
-from minigen.vq import nearest_code
+from minigen.codes import CodeDataset, extract_codes
+from minigen.data import load_dataset
+from minigen.training import save_checkpoint
+from minigen.vq import VQConfig, VQModel, nearest_code
 
 SIZES = {(16384, 8): 1.6, (1024, 256): 1.0}  # codes and numbers in each: LlamaGen's, a VQ-VAE's; how many times as fast we want to be
 
@@ -62,9 +68,40 @@ def lookup_rows(quick: bool) -> list[Row]:
     return found
 
 
+def code_rows(quick: bool) -> list[Row]:
+    """Extracting the codes of pictures of 64 x 64, and reading them, against preparing and encoding the pictures each time."""
+    torch.manual_seed(0)
+    model = VQModel(VQConfig(channels=8 if quick else 32, downsample=8)).eval()
+    images, reads = (32, 200) if quick else (1024, 20_000)
+    load_dataset("landscapes", 64, "train", images)  # drawn, or read, before any clock starts
+    taken, threads = {}, torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_checkpoint(model, folder / "tokenizer")
+        for processes in (1,) if quick else (1, 2):
+            torch.set_num_threads(processes)  # which are shared out: one for each process
+            start = time.perf_counter()
+            extract_codes(folder / "tokenizer", "landscapes", folder / f"codes{processes}", size=64, length=images, batch_size=16,
+                          processes=processes)
+            taken[processes] = time.perf_counter() - start
+        torch.set_num_threads(threads)
+        codes = CodeDataset(folder / "codes1")
+        order = torch.randint(len(codes), (reads,), generator=torch.Generator().manual_seed(0)).tolist()
+        read = medians({"read": lambda: [codes[n] for n in order]})["read"] / reads
+        pictures = load_dataset("landscapes", 64, "train", images)
+        again = medians({"again": lambda: model.encode(torch.stack([pictures[n].image for n in range(16)]))})["again"] / 16
+    speed = {processes: f"{2 * images / elapsed:,.0f} a second on {processes}" for processes, elapsed in taken.items()}
+    return [
+        Row("codes of a picture of 64 x 64, read at random against encoded again", again / read, "x",
+            note=f"{1 / read:,.0f} against {1 / again:,.0f} a second"),
+        Row(f"extraction of {images} pictures and their mirror images, {max(taken)} processes against one", taken[1] / taken[max(taken)], "x",
+            note=f"{', '.join(speed.values())}, starting included"),
+    ]
+
+
 def rows(quick: bool = False) -> list[Row]:
     """Chapter 4's table; `quick` takes fewer vectors, pictures and repetitions."""
-    return lookup_rows(quick)
+    return lookup_rows(quick) + code_rows(quick)
 
 
 if __name__ == "__main__":
