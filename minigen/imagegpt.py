@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Guidance', 'ImageGPTConfig', 'ImageGPT', 'out_of_range', 'check_tokenizer', 'next_token_loss']
 
-# %% ../nbs/05_imagegpt.ipynb #8890b6c3
+# %% ../nbs/05_imagegpt.ipynb #19ed4f0f
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .gpt import KVCache, Transformer, TransformerConfig, sample
 from .training import linear_cross_entropy
 from .vq import VQModel
 
-# %% ../nbs/05_imagegpt.ipynb #abc5edab
+# %% ../nbs/05_imagegpt.ipynb #fc20f761
 @dataclass(frozen=True)
 class Guidance:
     """How much more of its class a picture gets than the model says (Ho and Salimans 2022).
@@ -54,7 +54,7 @@ class Guidance:
         conditional, unconditional = logits.chunk(2)
         return unconditional + self.at(place, places) * (conditional - unconditional)
 
-# %% ../nbs/05_imagegpt.ipynb #52153bfb
+# %% ../nbs/05_imagegpt.ipynb #26b3984d
 @dataclass(kw_only=True)
 class ImageGPTConfig:
     """What an `ImageGPT` draws and how large it is. The document names no sizes; these are those of chapter 3's."""
@@ -80,7 +80,7 @@ class ImageGPTConfig:
         if not 0 <= self.drop_label <= 1:
             raise ValueError(f"drop_label is a share of the labels, from 0 to 1, found {self.drop_label}")
 
-# %% ../nbs/05_imagegpt.ipynb #43d399d8
+# %% ../nbs/05_imagegpt.ipynb #5dc898af
 class ImageGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the tokens of a picture, row by row, whose first place holds the class.
 
@@ -223,7 +223,7 @@ def out_of_range(numbers: Tensor, count: int) -> int:
     low, high = (value.item() for value in numbers.aminmax())
     return low if low < 0 else high
 
-# %% ../nbs/05_imagegpt.ipynb #7ee62090
+# %% ../nbs/05_imagegpt.ipynb #1538e14d
 def check_tokenizer(model: ImageGPT, tokenizer: VQModel) -> None:
     """Raise ValueError where a model has not been trained on the codes of this tokenizer."""
     config = model.config
@@ -234,7 +234,7 @@ def check_tokenizer(model: ImageGPT, tokenizer: VQModel) -> None:
         raise ValueError(f"this model was trained on codes of the tokenizer {config.fingerprint} ({config.tokenizer or 'no name'}), "
                          f"found {found}: to another tokenizer its tokens mean other pictures")
 
-# %% ../nbs/05_imagegpt.ipynb #e59aa603
+# %% ../nbs/05_imagegpt.ipynb #4f6c780a
 def next_token_loss(model: ImageGPT, batch: CodeItem) -> Tensor:
     """Mean cross entropy in nats of each token of whole pictures, given the class and the tokens before it."""
     if batch.tokens.shape[1] != model.length:
