@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'minigen.show': { 'minigen.show.data_url': ('images_as_sequences.html#data_url', 'minigen/show.py'),
                               'minigen.show.frame_slider': ('images_as_sequences.html#frame_slider', 'minigen/show.py'),
                               'minigen.show.image_grid': ('images_as_sequences.html#image_grid', 'minigen/show.py'),
+                              'minigen.show.read_grid': ('images_as_sequences.html#read_grid', 'minigen/show.py'),
                               'minigen.show.save_grid': ('images_as_sequences.html#save_grid', 'minigen/show.py'),
                               'minigen.show.show_images': ('images_as_sequences.html#show_images', 'minigen/show.py'),
                               'minigen.show.to_batch': ('images_as_sequences.html#to_batch', 'minigen/show.py'),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minigen.show import frame_slider, image_grid, save_grid, show_images
+from minigen.show import frame_slider, image_grid, read_grid, save_grid, show_images
 
 
 def colours(count=5, height=4, width=6):
@@ -53,6 +53,16 @@ def test_saved_grid_is_the_grid_and_nothing_else_remains(tmp_path):
     with pytest.raises(ValueError):
         save_grid(torch.zeros(1), path)
     assert [entry.name for entry in path.parent.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("scale, padding", [(1, 1), (3, 1), (2, 0)])
+def test_a_saved_grid_is_read_again(tmp_path, scale, padding):
+    images = colours(5, 6, 6)
+    save_grid(images, tmp_path / "grid.png", columns=3, scale=scale, padding=padding)
+    again = read_grid(tmp_path / "grid.png", 6, scale, padding)
+    assert torch.allclose(again[:5], images, atol=0.5 / 255 + 1e-6) and again.shape == (6, 3, 6, 6) and (again[5] == 1).all()
+    with pytest.raises(ValueError, match="expected a grid of pictures of 5 x 5"):
+        read_grid(tmp_path / "grid.png", 5, scale, padding)
 
 
 def test_figure_has_crisp_images_and_titles_that_do_not_overlap():

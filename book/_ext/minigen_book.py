@@ -38,7 +38,7 @@ def results_table() -> str:
         metrics = ", ".join(
             f"{name.replace('_', ' ')} **{number(value)}**" for name, value in run.get("metrics", {}).items()
         )
-        made = (f"preset {run.get('preset')}, seed {run.get('seed')}, {number(run.get('minutes'))} minutes on "
+        made = (f"{run.get('dataset')}, preset {run.get('preset')}, seed {run.get('seed')}, {number(run.get('minutes'))} minutes on "
                 f"{run.get('hardware')}")
         rows.append(f"| `{file.stem}` | {made} | {metrics} |")
     for script in sorted((ROOT / "minigen" / "train").glob("*.py")):
