@@ -748,11 +748,12 @@ def ship(kind: type[nn.Module], run: Path, data: Path, weights: bool = True) -> 
 
 
 def shipped(chapter: str, variant: str, what: Literal["checkpoints", "results"] = "checkpoints") -> Path:
-    """The folder of the best run of a chapter that lies in the repository's `data`: its checkpoint, or its pictures."""
+    """The folder of the best run of a chapter that lies in the repository's `data`: its checkpoint, or its pictures, if any."""
     folder = Path(minigen.__file__).resolve().parents[1] / "data" / what
     for preset in ("full", "cpu"):
-        if (folder / f"{chapter}-{preset}-{variant}").exists():
-            return folder / f"{chapter}-{preset}-{variant}"
+        found = folder / f"{chapter}-{preset}-{variant}"
+        if (found if what == "checkpoints" else found.with_name(f"{found.name}.json")).exists():
+            return found
     raise FileNotFoundError(f"no {what} of {chapter} ({variant}) in {folder}: they come with a clone of the repository")
 
 
