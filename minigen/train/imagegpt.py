@@ -57,7 +57,7 @@ class Config(RunConfig):
 PRESETS = {
     "test": Config("test", size=16, depth=1, heads=2, dim=16, train_images=16, val_images=8, steps=3, batch_size=4, warmup=1,
                    sample_at=(1, 3), samples=4, save_every=1),
-    "demo": Config("demo", precision="float32"),  # two CPU cores, half a minute, and as long for the tokenizer
+    "demo": Config("demo", train_images=1000, precision="float32"),  # two CPU cores, half a minute, and as long for the tokenizer
     "cpu": Config("cpu", size=64, train_images=12_000, val_images=256, steps=3000, warmup=100, ema=0.995,
                   sample_at=(50, 100, 200, 400, 800, 1600, 3000), save_every=250),  # one CPU core, half an hour with 256 tokens
     # the width, heads and depth of chapter 3's document; that of this chapter names none
