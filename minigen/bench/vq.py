@@ -72,7 +72,7 @@ def code_rows(quick: bool) -> list[Row]:
     """Extracting the codes of pictures of 64 x 64, and reading them, against preparing and encoding the pictures each time."""
     torch.manual_seed(0)
     model = VQModel(VQConfig(channels=8 if quick else 32, downsample=8)).eval()
-    images, reads = (32, 200) if quick else (1024, 20_000)
+    images, reads = (32, 200) if quick else (4096, 20_000)
     load_dataset("landscapes", 64, "train", images)  # drawn, or read, before any clock starts
     taken, threads = {}, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as temporary:
