@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'PLAIN', 'FLIPPED', 'TEN_CROPS', 'variants', 'CodeItem', 'CodeDataset', 'read_card', 'code_shape', 'images_done', 'listing', 'create_files', 'check_card', 'encode_batches', 'work', 'encode_on_processes', 'extract_codes']
 
-# %% ../nbs/04_vq_tokenizer.ipynb #996bc92b
+# %% ../nbs/04_vq_tokenizer.ipynb #d3085f5a
 import hashlib
 import json
 import math
@@ -27,7 +27,7 @@ from .data import CachedLandscapes, load_dataset
 from .training import differences, pick_device, write_json, written_whole
 from .vq import VQModel, load_tokenizer
 
-# %% ../nbs/04_vq_tokenizer.ipynb #2a80c656
+# %% ../nbs/04_vq_tokenizer.ipynb #0e93ce1f
 PLACES = ("top left", "top right", "bottom left", "bottom right", "centre")
 PLAIN, FLIPPED, TEN_CROPS = ["plain"], ["plain", "flipped"], [*PLACES, *(f"flipped, {place}" for place in PLACES)]
 
@@ -41,7 +41,7 @@ def variants(images: Tensor, size: int, names: list[str]) -> Iterator[Tensor]:
         if names == FLIPPED:
             yield images.flip(-1)
 
-# %% ../nbs/04_vq_tokenizer.ipynb #0ded7c90
+# %% ../nbs/04_vq_tokenizer.ipynb #3aa20fe0
 class CodeItem(NamedTuple):
     """The codes of one picture. torch's `default_collate` makes a batched `CodeItem` of many."""
 
@@ -107,7 +107,7 @@ def images_done(folder: Path) -> int:
         return int(np.load(folder / "done.npy").sum())
     return read_card(folder)["images"] if (folder / "card.json").exists() else 0
 
-# %% ../nbs/04_vq_tokenizer.ipynb #4c686be7
+# %% ../nbs/04_vq_tokenizer.ipynb #2284b989
 def listing(dataset: Dataset) -> str:
     """Sixteen letters that differ where the names of the pictures, their order or their classes do."""
     if isinstance(dataset, CachedLandscapes):
@@ -152,7 +152,7 @@ def check_card(folder: Path, card: dict) -> dict:
                          "Give those that it was started with, or another folder")
     return saved
 
-# %% ../nbs/04_vq_tokenizer.ipynb #6fad726a
+# %% ../nbs/04_vq_tokenizer.ipynb #ec43a890
 def encode_batches(folder: Path, card: dict, tokenizer: VQModel, dataset: Dataset, starts: list[int],
                    batch_size: int) -> Iterator[int]:
     """Encode the batches of images that begin at `starts`, and yield after each how many images it had.
@@ -226,7 +226,7 @@ def encode_on_processes(folder: Path, card: dict, dataset: Dataset, starts: list
         for process in context.processes:
             process.terminate()
 
-# %% ../nbs/04_vq_tokenizer.ipynb #506d2ece
+# %% ../nbs/04_vq_tokenizer.ipynb #c8d8a5c4
 def extract_codes(tokenizer: str | Path, data: str | Path, out: str | Path, *, size: int, split: str = "train",
                   length: int | None = None, seed: int = 0, flip: bool = True, ten_crop: bool = False,
                   crop_range: float = 1.1, batch_size: int = 32, processes: int = 1, on_error: str = "raise") -> CodeDataset:

@@ -6,7 +6,7 @@ __all__ = ['MULTIPLIERS', 'LLAMAGEN', 'nearest_code', 'two_best', 'Quantized', '
            'Downsample', 'Upsample', 'level', 'middle', 'make_encoder', 'make_decoder', 'Reconstruction', 'VQModel',
            'llamagen_names', 'read_llamagen', 'load_tokenizer', 'codebook_use', 'reconstruction_quality']
 
-# %% ../nbs/04_vq_tokenizer.ipynb #158383f3
+# %% ../nbs/04_vq_tokenizer.ipynb #f83566fd
 import argparse
 import hashlib
 import math
@@ -25,12 +25,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from .training import load_checkpoint
 
-# %% ../nbs/04_vq_tokenizer.ipynb #cc1b19b9
+# %% ../nbs/04_vq_tokenizer.ipynb #97133dc3
 @torch.no_grad()
 def nearest_code(vectors: Tensor, codebook: Tensor, rows: int | None = None) -> Tensor:
     """For each of `vectors` (N, d) the number of the nearest row of `codebook` (K, d): (N,) int64, of equals the first.
 
-    In float32, `rows` vectors at a time; |v|^2 is the same for all codes and left out. Where the two best codes lie closer
+    In float32, `rows` vectors at a time; what is the same for all codes, the length of v, is left out. Where the two best codes lie closer
     together than rounding can tell apart, float64 decides, so the answer is that of a search in float64.
     """
     with torch.autocast(vectors.device.type, enabled=False):
@@ -68,7 +68,7 @@ def two_best(scores: Tensor, width: int = 64) -> tuple[Tensor, Tensor]:
     best = torch.stack([tops[:, 0], torch.maximum(tops[:, 1], inside[:, 1])], dim=1)
     return best, places[:, 0] * width + columns[:, 0]
 
-# %% ../nbs/04_vq_tokenizer.ipynb #2947dc3b
+# %% ../nbs/04_vq_tokenizer.ipynb #7b50e779
 class Quantized(NamedTuple):
     """What a quantiser makes of vectors (B, h, w, d)."""
 
@@ -76,7 +76,7 @@ class Quantized(NamedTuple):
     tokens: Tensor  # (B, h, w) int64: their numbers
     loss: Tensor  # scalar, to be added to that of the pictures
 
-# %% ../nbs/04_vq_tokenizer.ipynb #0059e38f
+# %% ../nbs/04_vq_tokenizer.ipynb #72178b2d
 class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of K codes (van den Oord et al. 2017), in float32 whatever the precision around it.
 
@@ -178,7 +178,7 @@ def same_everywhere(chosen: Tensor) -> Tensor:
         dist.broadcast(chosen, 0)
     return chosen
 
-# %% ../nbs/04_vq_tokenizer.ipynb #1d98cfa4
+# %% ../nbs/04_vq_tokenizer.ipynb #c8299ba7
 class FSQ(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): bound each of d numbers and round it to one of `levels[i]`.
 
@@ -210,7 +210,7 @@ class FSQ(nn.Module):
             vectors = bounded + (bounded.round() - bounded).detach()
             return Quantized(vectors / (self.levels // 2), tokens, bounded.new_zeros(()))
 
-# %% ../nbs/04_vq_tokenizer.ipynb #58e70e1f
+# %% ../nbs/04_vq_tokenizer.ipynb #f9c67cfb
 MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}  # width at each size of the picture; 8 and 16 are LlamaGen's
 
 
@@ -256,7 +256,7 @@ def make_quantizer(config: VQConfig) -> nn.Module:
     decay = config.decay if config.quantizer == "ema" else None
     return VectorQuantizer(config.codes, config.dim, decay, config.kmeans, config.restart, config.normalize, config.commitment)
 
-# %% ../nbs/04_vq_tokenizer.ipynb #c0690070
+# %% ../nbs/04_vq_tokenizer.ipynb #29d490e1
 def norm(channels: int) -> nn.GroupNorm:
     """Group norm in 32 groups, or in groups of four channels where that makes fewer."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
@@ -351,7 +351,7 @@ def make_decoder(config: VQConfig) -> nn.Sequential:
     layers += [norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
     return nn.Sequential(*layers)
 
-# %% ../nbs/04_vq_tokenizer.ipynb #ec70aa5e
+# %% ../nbs/04_vq_tokenizer.ipynb #c7af962d
 class Reconstruction(NamedTuple):
     """What a tokenizer makes of images (B, 3, H, W) in training."""
 
@@ -445,7 +445,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         """
         return read_llamagen(cls, Path(path))
 
-# %% ../nbs/04_vq_tokenizer.ipynb #38d80af9
+# %% ../nbs/04_vq_tokenizer.ipynb #d67722b9
 LLAMAGEN = dict(channels=128, blocks=2, hidden=256, quantizer="gradient", codes=16384, dim=8, normalize=True, kmeans=False, restart=0.0)
 
 
@@ -520,10 +520,10 @@ def read_llamagen(kind: type[VQModel], path: Path) -> VQModel:
 
 
 def load_tokenizer(name: str | Path) -> VQModel:
-    """A tokenizer in eval mode: a folder that `python -m minigen train vq` wrote, OWNER/NAME on the hub, or a file of LlamaGen, *.pt."""
+    """A tokenizer in eval mode: a folder that `python -m minigen train vq` wrote, OWNER/NAME on the hub, or a file of LlamaGen (.pt)."""
     return VQModel.from_llamagen(name) if str(name).endswith(".pt") else load_checkpoint(VQModel, name)
 
-# %% ../nbs/04_vq_tokenizer.ipynb #b03d2e3e
+# %% ../nbs/04_vq_tokenizer.ipynb #1280b829
 def codebook_use(tokens: Tensor, codes: int) -> tuple[float, float]:
     """The share of the codes that occur in tokens (...), and their perplexity: as many codes, used evenly, say as much."""
     share = torch.bincount(tokens.flatten(), minlength=codes) / tokens.numel()

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['QUIET', 'PatchDiscriminator', 'hinge_loss', 'adaptive_weight', 'PerceptualLoss', 'VQGAN', 'tokenizer_loss']
 
-# %% ../nbs/04_vq_tokenizer.ipynb #dd4068cf
+# %% ../nbs/04_vq_tokenizer.ipynb #e2bcf22a
 from urllib.error import URLError
 
 import torch
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from .data import Item
 from .vq import VQModel, norm
 
-# %% ../nbs/04_vq_tokenizer.ipynb #51d4118f
+# %% ../nbs/04_vq_tokenizer.ipynb #c2771016
 class PatchDiscriminator(nn.Sequential):
     """Pictures (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w), one for each patch: is it of a real picture?
 
@@ -33,7 +33,7 @@ class PatchDiscriminator(nn.Sequential):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
 
-# %% ../nbs/04_vq_tokenizer.ipynb #7e0273ff
+# %% ../nbs/04_vq_tokenizer.ipynb #e97dccef
 def hinge_loss(real: Tensor, drawn: Tensor) -> Tensor:
     """The discriminator's loss: logits of real patches should be above 1, of drawn ones below -1 (Lim & Ye 2017)."""
     return (F.relu(1 - real).mean() + F.relu(1 + drawn).mean()) / 2
@@ -44,7 +44,7 @@ def adaptive_weight(picture_loss: Tensor, fooling: Tensor, last: Tensor) -> Tens
     one, other = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (picture_loss, fooling))
     return (one / (other + 1e-4)).clamp(0, 1e4).detach()
 
-# %% ../nbs/04_vq_tokenizer.ipynb #d9e2b93b
+# %% ../nbs/04_vq_tokenizer.ipynb #091c8f6f
 class PerceptualLoss:
     """LPIPS (Zhang et al. 2018): how far pictures (B, 3, H, W) in [-1, 1] are from each other for VGG-16, a mean over the batch.
 
@@ -69,7 +69,7 @@ class PerceptualLoss:
     def __deepcopy__(self, memo) -> "PerceptualLoss":
         return self  # its weights never change
 
-# %% ../nbs/04_vq_tokenizer.ipynb #8ceed0d4
+# %% ../nbs/04_vq_tokenizer.ipynb #c1ea3016
 QUIET = 0.01  # of the discriminator's loss: Adam does not see its scale, but both sides' gradients are clipped as one
 
 
