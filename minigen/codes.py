@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -190,6 +191,7 @@ def encode_batches(folder: Path, card: dict, tokenizer: VQModel, dataset: Datase
 def work(number: int, folder: Path, card: dict, dataset: Dataset, shares: list[list[int]], batch_size: int,
          threads: int) -> None:
     """What process `number` does: its share of the batches."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # comes when the parent dies; in the background a shell has it ignored
     torch.set_num_threads(threads)
     device = pick_device()
     if device.type == "cuda":

@@ -343,7 +343,8 @@ def test_a_worker_that_fails(place, forks, monkeypatch):
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_killed_with_its_workers(place, forks, monkeypatch, batches):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])  # the latter for what a shell starts in the background
+def test_killed_with_its_workers(place, forks, monkeypatch, batches, handler):
     """Workers do not outlive the process that started them."""
     extract("codes-a")
 
@@ -352,9 +353,13 @@ def test_killed_with_its_workers(place, forks, monkeypatch, batches):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)  # the death of the parent ends this
 
+    def begin():
+        signal.signal(signal.SIGINT, handler)
+        extract(processes=2)
+
     with monkeypatch.context() as patch:
         deadly(patch, 2 * batches, kill_the_parent)
-        assert in_fork(lambda: extract(processes=2)) == -signal.SIGKILL
+        assert in_fork(begin) == -signal.SIGKILL
     for _ in range(100):
         worker = int(Path("codes-worker").read_text())
         if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
