@@ -29,24 +29,23 @@ def clean_notebook(notebook: dict) -> dict:
     return notebook
 
 
-def results_table() -> str:
-    """A Markdown table with one row for each file of data/results, and for each script that has no `full` run there."""
-    rows = ["| Run | Made | Measured |", "| --- | --- | --- |"]
-    files = sorted((ROOT / "data" / "results").glob("*.json"))
-    for file in files:
-        run = json.loads(file.read_text())
-        metrics = ", ".join(
-            f"{name.replace('_', ' ')} **{number(value)}**" for name, value in run.get("metrics", {}).items()
-        )
-        made = (f"{run.get('dataset')}, preset {run.get('preset')}, seed {run.get('seed')}, {number(run.get('minutes'))} minutes on "
-                f"{run.get('hardware')}")
-        rows.append(f"| `{file.stem}` | {made} | {metrics} |")
-    for script in sorted((ROOT / "minigen" / "train").glob("*.py")):
-        if not script.stem.startswith("_") and not any(file.stem.startswith(f"{script.stem}-full") for file in files):
-            rows.append(f"| `{script.stem}` | preset full | not measured yet |")
-    commands = [(file.stem, json.loads(file.read_text()).get("command")) for file in files]
-    again = "".join(f"- `{name}`: `{command}`\n" for name, command in commands if command)
-    return "\n".join(rows) + "\n" + (f"\n## The command of each run\n\n{again}" if again else "")
+def results_tables() -> str:
+    """A section for each training script: a column for each of its runs in data/results, and how they were made."""
+    sections = []
+    for script in sorted(file.stem for file in (ROOT / "minigen" / "train").glob("*.py") if not file.stem.startswith("_")):
+        files = sorted((ROOT / "data" / "results").glob(f"{script}-*.json"))
+        runs = {file.stem.removeprefix(f"{script}-"): json.loads(file.read_text()) for file in files}
+        names = dict.fromkeys(name for run in runs.values() for name in run["metrics"])
+        rows = [["", *(f"`{name}`" for name in runs)], ["---", *["---:"] * len(runs)],
+                ["data", *(Path(run["dataset"]).name for run in runs.values())],
+                ["minutes", *(number(run["minutes"]) for run in runs.values())]]
+        rows += [[name.replace("_", " "), *(number(run["metrics"].get(name)) for run in runs.values())] for name in names]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in rows) if runs else ""
+        made = [f"- `{name}`: `{run['command']}`, seed {run['seed']}, on {run['hardware']}\n" for name, run in runs.items()]
+        if not any(name.startswith("full") for name in runs):
+            made.append("- preset `full`: not measured yet\n")
+        sections.append(f"## {script}\n\n{table}\n{''.join(made)}")
+    return "\n".join(sections)
 
 
 def benchmark_tables() -> str:
@@ -86,7 +85,7 @@ def module_list() -> str:
 
 
 GENERATED = {
-    "book/results": (("<!-- results -->", results_table), ("<!-- benchmarks -->", benchmark_tables)),
+    "book/results": (("<!-- results -->", results_tables), ("<!-- benchmarks -->", benchmark_tables)),
     "book/api": (("<!-- modules -->", module_list),),
 }
 
