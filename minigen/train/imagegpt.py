@@ -59,7 +59,7 @@ PRESETS = {
                    sample_at=(1, 3), samples=4, save_every=1),
     "demo": Config("demo", train_images=1000, precision="float32"),  # two CPU cores, half a minute, and as long for the tokenizer
     "cpu": Config("cpu", size=64, train_images=12_000, val_images=256, steps=3000, warmup=100, ema=0.995,
-                  sample_at=(50, 100, 200, 400, 800, 1600, 3000), save_every=250),  # one CPU core, half an hour with 256 tokens
+                  sample_at=(50, 100, 200, 400, 800, 1600, 3000), save_every=250),  # one CPU core, a quarter of an hour with 256 tokens
     # the width, heads and depth of chapter 3's document; that of this chapter names none
     "full": Config("full", size=64, dim=512, heads=8, depth=6, dropout=0.1, train_images=50_000, val_images=1000, steps=20_000,
                    batch_size=64, lr=1e-3, warmup=500, ema=0.999, sample_at=(200, 400, 800, 1600, 3000, 6000, 10_000, 20_000),

@@ -55,7 +55,7 @@ PRESETS = {
                    sample_at=(1, 3), samples=4, save_every=1),
     "demo": Config("demo", decay=0.9, precision="float32"),  # two CPU cores, half a minute
     "cpu": Config("cpu", size=64, downsample=8, channels=32, codes=1024, decay=0.95, train_images=12_000, val_images=256, steps=1500, warmup=100, lr=2e-3,
-                  sample_at=(50, 100, 200, 400, 800, 1500), save_every=250),  # one CPU core, a quarter of an hour
+                  sample_at=(50, 100, 200, 400, 800, 1500), save_every=250),  # one CPU core, twenty minutes
     "full": Config("full", size=64, downsample=8, channels=64, codes=4096, **LARGE, steps=20_000,
                    sample_at=(200, 400, 800, 1600, 3000, 6000, 10_000, 20_000)),  # one GPU
     # LlamaGen's tokenizer on ImageNet (arXiv 2406.06525, section 3.1): 40 epochs of 1.28 million pictures, batches of 128
