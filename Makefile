@@ -16,7 +16,7 @@ NEED_VENV = This Python cannot make an environment with pip in it: install its v
 
 help:
 	@echo "make book     run the chapters and build the book into _build/html"
-	@echo "make test     check everything; PARTS=\"unit book\" runs only those (lint unit notebooks book browser)"
+	@echo "make test     check everything; PARTS=\"unit book\" runs only those (lint unit notebooks book browser gpu)"
 	@echo "make export   write minigen/*.py from the notebooks and take the notebooks' outputs away"
 	@echo "make lint     ruff over package, notebooks and tests"
 	@echo "make serve    show the built book at http://localhost:8000"

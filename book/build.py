@@ -1,12 +1,16 @@
-"""Run the notebooks that changed, side by side, and build the book into _build/html: `make book`."""
+"""Run the chapters and build the book into _build/html: `make book`.
+
+Notebooks run through nbmake, as tests, and only those that changed. Their outputs go
+into the cache that Jupyter Book reads; `python book/build.py notebooks` stops there.
+"""
 
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,128 +20,116 @@ JOBS = int(os.environ.get("MINIGEN_JOBS", 2))
 SECONDS_PER_CELL = 600
 
 os.chdir(ROOT)
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
+sys.path[:0] = [str(ROOT), str(ROOT / "book" / "_ext")]
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // JOBS)))
 os.environ |= {
     "TQDM_DISABLE": "1",
     "JUPYTER_PREFER_ENV_PATH": "1",
     "PYTHONWARNINGS": "ignore",
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")])),
 }
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 import nbformat  # noqa: E402
+import pytest  # noqa: E402
+import yaml  # noqa: E402
 from jupyter_cache import get_cache  # noqa: E402
 from jupyter_cache.base import CacheBundleIn  # noqa: E402
 from minigen_book import clean_notebook  # noqa: E402
-from nbclient import NotebookClient  # noqa: E402
-from nbclient.exceptions import CellExecutionError, CellTimeoutError  # noqa: E402
+
+from minigen.devices import pick_preset  # noqa: E402
 
 
 def inputs_hash() -> str:
-    """Of everything a notebook's output depends on, other than the notebook itself."""
-    files = [ROOT / "requirements.txt", *(ROOT / "minigen").rglob("*.py"), *(ROOT / "data").rglob("*")]
-    digest = hashlib.sha256(f"{sys.version} {os.environ.get('MINIGEN_PRESET')}".encode())
+    """A hash of what the outputs of every notebook depend on."""
+    files = [ROOT / "requirements.txt", *(ROOT / "minigen").rglob("*.py"),
+             *(ROOT / "data").rglob("*")]
+    digest = hashlib.sha256(f"{sys.version} {pick_preset()}".encode())
     for file in sorted(file for file in files if file.is_file()):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
+        digest.update(file.relative_to(ROOT).as_posix().encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def chapters() -> list[Path]:
-    import yaml
-
-    def walk(node):
-        if isinstance(node, dict):
-            yield from ([node["file"]] if "file" in node else [])
-            node = list(node.values())
-        for child in node if isinstance(node, list) else []:
-            yield from walk(child)
-
-    names = walk(yaml.safe_load((ROOT / "_toc.yml").read_text()))
-    return [path for name in names if (path := ROOT / f"{name}.ipynb").exists()]
+    """The notebooks that _toc.yml names."""
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
+    files = [ROOT / f"{chapter['file']}.ipynb"
+             for part in parts for chapter in part["chapters"]]
+    return [file for file in files if file.exists()]
 
 
-def run(path: Path):
-    """Execute one notebook in its own folder; returns it with its outputs, or the error as a text."""
-    notebook = nbformat.from_dict(clean_notebook(nbformat.read(path, as_version=4)))
-    start = time.time()
-    client = NotebookClient(
-        notebook,
-        timeout=SECONDS_PER_CELL,
-        kernel_name="python3",
-        store_widget_state=False,
-        record_timing=False,  # the cache compares cells with their metadata
-        extra_arguments=["--log-level=ERROR"],
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    try:
-        client.execute()
-    except (CellExecutionError, CellTimeoutError) as error:
-        return path, notebook, time.time() - start, str(error)
-    return path, notebook, time.time() - start, None
+class Keep:
+    """A pytest plugin that puts each notebook that ran well into the cache."""
+
+    def __init__(self, cache, folder: Path, notebooks: dict):
+        self.cache, self.folder, self.notebooks = cache, folder, notebooks
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" or not report.passed:
+            return
+        name = Path(report.nodeid.split("::")[0]).name
+        executed = nbformat.read(self.folder / name, as_version=4)
+        notebook = deepcopy(self.notebooks[name])
+        for cell, done in zip(notebook.cells, executed.cells, strict=True):
+            if cell.cell_type == "code":  # outputs alone: times differ between runs
+                cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        bundle = CacheBundleIn(notebook, str(ROOT / "nbs" / name),
+                               data={"execution_seconds": report.duration})
+        self.cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
 
 
-def run_changed() -> bool:
-    stamp = BUILD / "inputs.sha256"
-    fresh = inputs_hash()
+def run_changed() -> int:
+    """Run the notebooks whose outputs are not in the cache; pytest's exit status."""
+    stamp, fresh = BUILD / "inputs.sha256", inputs_hash()
     if not stamp.exists() or stamp.read_text() != fresh:
         shutil.rmtree(CACHE, ignore_errors=True)
     CACHE.mkdir(parents=True, exist_ok=True)
     stamp.write_text(fresh)
-
-    cache = get_cache(str(CACHE))
-    changed = []
+    cache, changed = get_cache(str(CACHE)), {}
     for path in chapters():
+        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.from_dict(clean_notebook(notebook))
         try:
-            cache.match_cache_notebook(nbformat.from_dict(clean_notebook(nbformat.read(path, as_version=4))))
+            cache.match_cache_notebook(notebook)
         except KeyError:
-            changed.append(path)
+            changed[path.name] = notebook
     if not changed:
-        print("No notebook changed since the last build: none is run again.", flush=True)
-    good = True
-    with ThreadPoolExecutor(JOBS) as pool:
-        print(*(f"running {path.relative_to(ROOT)}\n" for path in changed), sep="", end="", flush=True)
-        for path, notebook, seconds, error in pool.map(run, changed):
-            if error:
-                good = False
-                print(
-                    f"{path.relative_to(ROOT)} failed after {seconds:.0f} s:\n{error}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                continue
-            bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
-            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
-            print(f"{path.relative_to(ROOT)} ran in {seconds:.0f} s", flush=True)
-    return good
+        print("No notebook changed since it last ran: none is run again.", flush=True)
+        return 0
+    # nbmake saves what it runs, but in no folder called _build: so copies, elsewhere.
+    with tempfile.TemporaryDirectory(prefix="minigen-book-") as scratch:
+        folder = Path(scratch) / "nbs"
+        folder.mkdir()
+        for name in ("data", "book"):  # notebooks may name them as ../data and ../book
+            (Path(scratch) / name).symlink_to(ROOT / name)
+        for name, notebook in changed.items():
+            nbformat.write(notebook, folder / name)
+        print(f"running {', '.join(changed)}", flush=True)
+        return pytest.main(
+            ["-c", "pyproject.toml", "-p", "no:cacheprovider", "-v", "--durations=0",
+             "-n", str(JOBS), "--dist", "worksteal", "--nbmake", "--overwrite",
+             f"--nbmake-timeout={SECONDS_PER_CELL}", str(folder)],
+            plugins=[Keep(cache, folder, changed)])
 
 
-def main() -> int:
-    if not run_changed():
-        return 1
-    # Every page is written again: it takes seconds, changed style sheets arrive, and nothing old stays.
+def build_pages() -> int:
+    """Write every page: it takes seconds, and nothing old stays."""
     shutil.rmtree(BUILD / "html", ignore_errors=True)
-    command = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-        "build",
-        ".",
-        "-W",
-        "--keep-going",
-        "--all",
-        "-q",
-    ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",
+         "build", ".", "-W", "--keep-going", "--all", "-q"],
+        stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         return 1
-    page = BUILD / "html" / "index.html"
-    print(
-        f"\nThe book is built: open {page}\n`make serve` shows it at an http address; `make test` checks everything."
-    )
+    print(f"\nThe book is built: open {BUILD / 'html' / 'index.html'}\n"
+          "`make serve` shows it at an http address; `make test` checks everything.")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = run_changed()
+    if not status and sys.argv[1:] != ["notebooks"]:
+        status = build_pages()
+    sys.exit(status)

@@ -1,20 +1,22 @@
-"""What every test shares: one place for drawn pictures, one thread, one seed."""
+"""What every test shares: one folder of drawn images, one thread, one seed."""
 
 import os
 import random
 import shutil
+import sys
 import tempfile
 
 import pytest
 
 
 def pytest_configure(config):
-    # Set before the workers of pytest-xdist start, so that all of them share one folder.
+    # Set before the workers of pytest-xdist start, so that they share one folder.
     if "MINIGEN_CACHE" not in os.environ:
-        config.minigen_cache = os.environ["MINIGEN_CACHE"] = tempfile.mkdtemp(prefix="minigen-tests-")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("MPLBACKEND", "agg")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+        config.minigen_cache = tempfile.mkdtemp(prefix="minigen-tests-")
+        os.environ["MINIGEN_CACHE"] = config.minigen_cache
+    for name, value in {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg",
+                        "TQDM_DISABLE": "1"}.items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_unconfigure(config):
@@ -26,8 +28,6 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def seeded(request):
     """The same random numbers for a test however it is run."""
-    import sys
-
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)

@@ -1,4 +1,4 @@
-"""Run every check, one part after the other, and say how long each took: `make test`."""
+"""Run every check, one part after another, and time them: `make test`."""
 
 import os
 import subprocess
@@ -8,40 +8,50 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
+BOOK = [sys.executable, "book/build.py"]
 PARTS = {
-    "lint": [sys.executable, "-m", "ruff", "check", "."],
-    "unit": [*PYTEST, "-n", "2", "--dist", "worksteal", "tests", "--ignore", "tests/test_book.py"],
-    "notebooks": [*PYTEST, "-n", "2", "--nbmake", "--nbmake-timeout=600", "nbs"],
-    "book": [sys.executable, "book/build.py"],
-    "browser": [*PYTEST, "tests/test_book.py"],
+    "lint": [[sys.executable, "-m", "ruff", "check", "."]],
+    "unit": [[*PYTEST, "-n", "2", "--dist", "worksteal", "-m", "not gpu", "tests",
+              "--ignore", "tests/test_book.py"]],
+    "notebooks": [[*BOOK, "notebooks"]],  # keeps the outputs, which `book` then shows
+    "book": [BOOK],
+    "browser": [[*PYTEST, "tests/test_book.py"]],
+    "gpu": [[*PYTEST, "-m", "gpu", "tests", "--ignore", "tests/test_book.py"],
+            [*BOOK, "notebooks"]],
 }
-# What a part adds to the environment.  The notebooks run here at their smallest, and again at `demo` in the book.
-ENVIRONMENT = {
-    "notebooks": {"MINIGEN_PRESET": "test", "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"},
-}
+ENVIRONMENT = {"gpu": {"MINIGEN_PRESET": "full"}}  # what a part adds to it
+HAS_GPU = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+
+def run(name: str) -> int:
+    """The exit status of the first command of a part that fails, or 0."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT.get(name, {})}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    options = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL}
+    if name == "gpu" and subprocess.run([sys.executable, "-c", HAS_GPU]).returncode:
+        print("Skipped: this machine has no CUDA GPU.")
+        return 0
+    commands = (subprocess.run(command, **options) for command in PARTS[name])
+    return next((done.returncode for done in commands if done.returncode), 0)
 
 
 def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        print(f"No part is called {', '.join(unknown)}: there are {', '.join(PARTS)}.", file=sys.stderr)
+    if unknown := [name for name in names if name not in PARTS]:
+        print(f"No part is called {', '.join(unknown)}: there are {', '.join(PARTS)}.",
+              file=sys.stderr)
         return 2
-    results = []
+    results = {}
     for name in names or PARTS:
         print(f"\n=== {name} ===", flush=True)
         start = time.time()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **ENVIRONMENT.get(name, {})}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        code = subprocess.run(PARTS[name], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
-        results.append((name, code, time.time() - start))
-    total = sum(seconds for *_, seconds in results)
-    failed = [name for name, code, _ in results if code]
-    print(
-        "\n"
-        + ", ".join(f"{name} {seconds:.0f} s" for name, _, seconds in results)
-        + f", in all {total / 60:.1f} min"
-    )
-    print(f"Failed: {', '.join(failed)}." if failed else f"All {len(results)} parts passed.")
+        results[name] = run(name), time.time() - start
+    total = sum(seconds for _, seconds in results.values())
+    failed = [name for name, (code, _) in results.items() if code]
+    times = [f"{name} {seconds:.0f} s" for name, (_, seconds) in results.items()]
+    print(f"\n{', '.join(times)}, in all {total / 60:.1f} min")
+    print(f"Failed: {', '.join(failed)}." if failed
+          else f"All {len(results)} parts passed.")
     return 1 if failed else 0
 
 

@@ -1,7 +1,6 @@
-"""The built book in a real browser: every page, desktop and phone, light and dark, with no network."""
+"""The built book in a browser without network: desktop and phone, light and dark."""
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -18,19 +17,19 @@ from bs4 import BeautifulSoup
 ROOT = Path(__file__).resolve().parents[1]
 HTML = ROOT / "_build" / "html"
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
+OFF = "gpu quic dev-shm-usage background-networking component-update sync".split()
+FLAGS = ["--headless", "--no-sandbox", "--no-first-run",
+         *(f"--disable-{name}" for name in OFF)]
 NO_BROWSER = (
-    "The browser tests need Chromium: install it (for example `apt install chromium` or "
-    "`playwright install chromium`) or name one in the environment variable CHROMIUM."
-)
+    "The browser tests need Chromium: install it (for example `apt install chromium` "
+    "or `playwright install chromium`) or name one in the variable CHROMIUM.")
 
 
-def toc_pages():
-    names = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
-    return [*names, "genindex", "search"]
+PAGES = [*re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text()),
+         "genindex", "search"]
+CHAPTERS = [name for name in PAGES if name.startswith("nbs/")]
+each_page = pytest.mark.parametrize("name", PAGES)
+each_chapter = pytest.mark.parametrize("name", CHAPTERS)
 
 
 @functools.cache
@@ -47,7 +46,6 @@ def anchors(path):
 def book():
     if not (HTML / "index.html").exists():
         subprocess.run([sys.executable, str(ROOT / "book" / "build.py")], check=True)
-    return HTML
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +54,8 @@ def site(book):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(book)))
+    handler = functools.partial(Quiet, directory=str(HTML))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -66,14 +65,16 @@ def site(book):
 def browser():
     from playwright.sync_api import Error, sync_playwright
 
-    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
-    program = next((found for name in names if name and (found := shutil.which(name))), None)
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser",
+             "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
     give_up = pytest.fail if os.environ.get("CI") else pytest.skip
     manager = sync_playwright()
     try:
         playwright = manager.start()
     except Exception as error:
-        give_up(f"Playwright does not start; on a small Debian `apt install libatomic1` helps. ({error})")
+        give_up("Playwright does not start; on a small Debian "
+                f"`apt install libatomic1` helps. ({error})")
     try:
         chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
     except Error as error:
@@ -87,29 +88,34 @@ def browser():
 
 
 class Visit:
-    """One page, opened once: what it asked for, what it complained about, and the page itself."""
+    """A page, opened once, and what was wrong with it and its requests."""
 
     def __init__(self, browser, site, name, width="desktop", theme="light"):
         wide, high = WIDTHS[width]
-        self.context = browser.new_context(viewport={"width": wide, "height": high}, color_scheme=theme)
-        self.page = self.context.new_page()
-        self.complaints = []
-        page, note = self.page, self.complaints.append
-        page.on("console", lambda message: message.type == "error" and note(f"console: {message.text}"))
-        page.on("pageerror", lambda error: note(f"script: {error}"))
-        page.on("requestfailed", lambda request: note(f"failed: {request.url}"))
-        page.on("response", lambda reply: reply.status >= 400 and note(f"{reply.status}: {reply.url}"))
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith((site, "data:", "blob:")) or note(f"elsewhere: {request.url}")
-            ),
-        )
+        self.context = browser.new_context(viewport={"width": wide, "height": high},
+                                           color_scheme=theme)
+        self.page, self.complaints = self.context.new_page(), []
+        self.site, page = site, self.page
+        for event, check in (
+                ("console", lambda found: found.type == "error" and found.text),
+                ("pageerror", lambda error: f"script: {error}"),
+                ("requestfailed", lambda request: f"failed: {request.url}"),
+                ("response", lambda reply: reply.status >= 400 and reply.url),
+                ("request", self.elsewhere)):
+            page.on(event, lambda found, check=check: self.note(check(found)))
         page.goto(f"{site}/{name}.html", wait_until="load")
         page.evaluate("window.MathJax?.startup?.promise")
-        # Pictures further down are loaded as a reader reaches them.
-        page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+        # Images further down are loaded as a reader reaches them.
+        page.locator("img").evaluate_all("all => all.forEach(i => i.loading = 'eager')")
         page.wait_for_load_state("networkidle")
+
+    def note(self, complaint):
+        if complaint:
+            self.complaints.append(complaint)
+
+    def elsewhere(self, request):
+        own = request.url.startswith((self.site, "data:", "blob:"))
+        return not own and f"elsewhere: {request.url}"
 
     def __enter__(self):
         return self
@@ -118,62 +124,68 @@ class Visit:
         self.context.close()
 
 
+BROKEN = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
+    .map(i => i.src.slice(0, 99))"""
+RAW = """[...document.querySelectorAll('.math')]
+    .filter(m => !m.querySelector('mjx-container')).map(m => m.textContent)"""
+OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
+SCROLLS = """[...document.querySelectorAll('div.cell_input div.highlight pre')]
+    .filter(pre => pre.scrollWidth > pre.clientWidth + 1)
+    .map(pre => `${pre.scrollWidth - pre.clientWidth} pixels: `
+                + pre.textContent.trim().split('\\n')[0])"""
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", toc_pages())
+@each_page
 def test_page(browser, site, name, width, theme):
     with Visit(browser, site, name, width, theme) as visit:
         page = visit.page
         if folder := os.environ.get("MINIGEN_SCREENSHOTS"):
-            page.screenshot(
-                path=Path(folder) / f"{name.replace('/', '-')}-{width}-{theme}.png", full_page=True
-            )
+            file = f"{name.replace('/', '-')}-{width}-{theme}.png"
+            page.screenshot(path=Path(folder) / file, full_page=True)
         assert visit.complaints == []
         assert page.evaluate("document.documentElement.dataset.theme") == theme
-        broken = page.evaluate(
-            "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 99))"
-        )
-        assert broken == []
-        raw = page.evaluate(
-            "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).map(m => m.textContent)"
-        )
-        assert raw == [], "formulas left as they were typed"
-        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0, "a formula with an error"
-        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        assert overflow <= 0, f"the page is {overflow} pixels wider than the screen"
+        assert page.evaluate(BROKEN) == [], "images that are not shown"
+        assert page.evaluate(RAW) == [], "formulas left as they were typed"
+        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+        assert page.evaluate(OVERFLOW) <= 0, "the page is wider than the screen"
 
 
-@pytest.mark.parametrize("name", [name for name in toc_pages() if name.startswith("nbs/")])
-def test_sliders_work_without_a_kernel(browser, site, name):
-    picture = """output => JSON.stringify([...output.querySelectorAll('img, canvas, svg')].map(e => [
-        e.tagName == 'CANVAS' ? e.toDataURL() : e.currentSrc || e.innerHTML,
-        e.checkVisibility(), getComputedStyle(e).opacity, getComputedStyle(e).objectPosition]))"""
+@each_chapter
+def test_no_code_scrolls_sideways(browser, site, name):
     with Visit(browser, site, name) as visit:
-        sliders = visit.page.locator("article input[type=range]")
-        for i in range(sliders.count()):
-            slider = sliders.nth(i)
-            output = slider.locator(
-                "xpath=ancestor::*[contains(@class, 'cell_output') or contains(@class, 'output')][last()]"
-            )
+        folded = visit.page.locator("details.hide")
+        folded.evaluate_all("all => all.forEach(each => each.open = true)")
+        assert visit.page.evaluate(SCROLLS) == [], f"{name}: code too wide for the page"
+
+
+@each_chapter
+def test_sliders_work_without_a_kernel(browser, site, name):
+    image = """output => JSON.stringify([...output.querySelectorAll('img, canvas, svg')]
+        .map(e => [e.tagName == 'CANVAS' ? e.toDataURL() : e.currentSrc || e.innerHTML,
+                   e.checkVisibility(), getComputedStyle(e).opacity,
+                   getComputedStyle(e).objectPosition]))"""
+    move = """(e, value) => { e.value = value; for (const kind of ['input', 'change'])
+        e.dispatchEvent(new Event(kind, {bubbles: true})) }"""
+    output = """xpath=ancestor::*[contains(@class, 'cell_output')
+        or contains(@class, 'output')][last()]"""
+    with Visit(browser, site, name) as visit:
+        for slider in visit.page.locator("article input[type=range]").all():
+            low, high = (float(slider.get_attribute(key) or default)
+                         for key, default in (("min", 0), ("max", 100)))
             seen = set()
-            low, high = (
-                float(slider.get_attribute(key) or default) for key, default in (("min", 0), ("max", 100))
-            )
             for value in (low, (low + high) // 2, high):
-                slider.evaluate(
-                    "(e, value) => { e.value = value; for (const kind of ['input', 'change']) "
-                    "e.dispatchEvent(new Event(kind, {bubbles: true})) }",
-                    value,
-                )
+                slider.evaluate(move, value)
                 visit.page.wait_for_timeout(50)
-                seen.add(output.evaluate(picture))
-            assert len(seen) > 1, f"slider {i} of {name} shows the same picture everywhere"
+                seen.add(slider.locator(output).evaluate(image))
+            assert len(seen) > 1, f"a slider of {name} shows the same image everywhere"
         assert visit.complaints == []
 
 
 def test_the_book_can_be_played_with():
-    chapters = [name for name in toc_pages() if name.startswith("nbs/")]
-    assert any(soup(name).select("article input[type=range]") for name in chapters), "no slider anywhere"
+    slider = "article input[type=range]"
+    assert any(soup(name).select(slider) for name in CHAPTERS), "no slider anywhere"
 
 
 def test_search_finds_a_chapter(browser, site):
@@ -183,7 +195,7 @@ def test_search_finds_a_chapter(browser, site):
         assert visit.complaints == []
 
 
-@pytest.mark.parametrize("name", toc_pages())
+@each_page
 def test_links_lead_somewhere(name):
     lost = []
     page = HTML / f"{name}.html"
@@ -192,21 +204,18 @@ def test_links_lead_somewhere(name):
         if url.scheme or url.netloc or link["href"] == "#":
             continue
         target = (page.parent / unquote(url.path)).resolve() if url.path else page
-        if not target.is_file() or (url.fragment and unquote(url.fragment) not in anchors(target)):
+        anchor = unquote(url.fragment)
+        if not target.is_file() or (anchor and anchor not in anchors(target)):
             lost.append(link["href"])
     assert lost == []
 
 
-@pytest.mark.parametrize("name", toc_pages())
+@each_page
 def test_page_is_for_readers(name):
     page = soup(name)
-    text = page.get_text()
-    assert not re.search(r"^\s*#\s*\|", text, re.M), "a directive line is shown"
-    assert "application/vnd.jupyter.widget" not in str(page), "a live control is stored in the page"
-    if name.startswith("nbs/"):
+    assert not re.search(r"^\s*#\s*\|", page.get_text(), re.M), "a directive is shown"
+    assert "vnd.jupyter.widget" not in str(page), "a live control is stored"
+    if name in CHAPTERS:
         colab = page.select_one("a[href^='https://colab.research.google.com/github/']")
-        path = colab["href"].split("/blob/main/")[1]
-        assert (ROOT / path).is_file()
-        notebook = json.loads((ROOT / path).read_text())
-        codes = sum(cell["cell_type"] == "code" for cell in notebook["cells"])
-        assert codes and page.select(".cell_output"), "a chapter without outputs: it was not run"
+        assert (ROOT / colab["href"].split("/blob/main/")[1]).is_file()
+        assert page.select(".cell_output"), "a chapter without outputs: it was not run"

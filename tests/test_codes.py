@@ -1,7 +1,7 @@
-"""Codes are extracted once and read many times: equal to the tokenizer's, killed at any moment, refused where they do not fit."""
+"""Codes are extracted once and read many times: equal to the tokenizer's, however many
+processes extract them and whenever these are killed, and refused where they do not fit.
+"""
 
-import functools
-import json
 import mmap
 import os
 import pickle
@@ -9,516 +9,587 @@ import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-import time
-import traceback
 import zlib
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from PIL import Image
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 from torch.utils.data import default_collate
 
-from minigen import codes, training
+from minigen import codes, files
 from minigen.__main__ import main
-from minigen.codes import CodeDataset, CodeItem, create_files, extract_codes, images_done, load_tokenizer
+from minigen.checkpoints import load, save_checkpoint
+from minigen.codes import CodeDataset, CodeItem, extract_codes, images_done
 from minigen.data import endless_batches, prepare
-from minigen.training import save_checkpoint
+from minigen.files import read_json, write_json
 from minigen.vq import VQConfig, VQModel
 
-SIZE, BATCH = 16, 3  # of the pictures, and how many are encoded at a time
-SHAPES = [(48, 48), (40, 64), (64, 20), (9, 7), (16, 16), (100, 33)]  # of the photographs
+SIZE, BATCH = 16, 3  # of the images, and how many are encoded at a time
+SHAPES = [(48, 48), (40, 64), (64, 20), (9, 7), (16, 16), (100, 33)]  # of photographs
+FORK = get_context("fork")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2"]
+COMMAND = ["extract-codes", "--data", "photos", "--tokenizer", "tokenizer",
+           "--size", "16", "--batch-size", "3", "--out"]
 
 
 @pytest.fixture(scope="module")
-def folder():
-    """A folder with photographs of several kinds, and tokenizers; in memory where there is such a place, as disks may be slow."""
-    path = Path(tempfile.mkdtemp(prefix="minigen-codes-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+def workshop():
+    """A folder with photographs of several kinds, and two tokenizers."""
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # disks may be slow
+    path = Path(tempfile.mkdtemp(prefix="minigen-codes-", dir=shared))
     rng = np.random.default_rng(0)
     for n in range(23):
-        label, split = ("cats", "dogs")[n % 3 == 0], "train" if n < 20 else "val"
-        (path / "photos" / split / label).mkdir(parents=True, exist_ok=True)
-        height, width = SHAPES[n % len(SHAPES)]
-        image = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        image = image.convert(("RGB", "L", "RGB", "P")[n % 4])
-        image.save(path / "photos" / split / label / f"{n:02d}.{'jpg' if n % 4 < 2 else 'png'}")
-    images = torch.stack([prepare(Image.open(file), 32) for file in files(path / "photos")])
+        name = f"{'train' if n < 20 else 'val'}/{('cats', 'dogs')[n % 3 == 0]}"
+        (path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        image = image.resize(SHAPES[n % 6][::-1], Image.Resampling.BICUBIC)
+        file = path / "photos" / name / f"{n:02d}.{'jpg' if n % 4 < 2 else 'png'}"
+        image.convert(("RGB", "L", "RGB", "P")[n % 4]).save(file)
+    x = prepared(path, SIZE)
     for seed, name in enumerate(("tokenizer", "other")):
         torch.manual_seed(seed)
-        model = VQModel(VQConfig(downsample=4, channels=8, hidden=8, codes=32, dim=4))
-        model.train()(images)  # lays the codes where the vectors are, so that all of them are used
+        model = VQModel(VQConfig(downsample=4, channels=8, z_channels=8,
+                                 codebook_size=32, codebook_dim=4, kmeans=False))
+        with torch.no_grad():  # codes among the vectors, so that all of them are used
+            z = model.vectors(x).flatten(0, 2)
+            model.quantizer.codebook.copy_(z[:: len(z) // 32][:32])
         save_checkpoint(model, path / name)
     yield path
     shutil.rmtree(path)
 
 
 @pytest.fixture
-def place(folder, monkeypatch):
+def folder(workshop, monkeypatch):
     """That folder as the current one, without the codes of other tests."""
-    monkeypatch.chdir(folder)
-    yield folder
-    for path in [*folder.glob("*codes*"), *folder.glob(".writing-*"), folder / "copy"]:
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # this process is forked
+    torch.set_num_threads(1)
+    yield workshop
+    for path in [*workshop.glob("*codes*"), workshop / "copy"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def forks(monkeypatch):
-    """Workers that are forks of this process, with its patches, and start at once."""
-    monkeypatch.setattr(codes, "start_processes", functools.partial(start_processes, start_method="fork"))
-
-
-def files(photos, split="train"):
+def photographs(path, split="train"):
     """The photographs in their order: class after class, by name."""
-    return sorted((photos / split).glob("*/*"))
+    return sorted((path / "photos" / split).glob("*/*"))
+
+
+def prepared(folder, side):
+    """The photographs (20, 3, side, side)."""
+    return torch.stack([prepare(Image.open(p), side) for p in photographs(folder)])
 
 
 def extract(out="codes", **options):
-    return extract_codes(**dict(tokenizer="tokenizer", data="photos", out=out, size=SIZE, batch_size=BATCH) | options)
+    defaults = {"tokenizer": "tokenizer", "data": "photos", "size": SIZE,
+                "batch_size": BATCH}
+    return extract_codes(out=out, **defaults | options)
+
+
+def visible(path):
+    """The files of a folder, apart from its lock: what they hold, by their names."""
+    return {file.name: file.read_bytes() for file in Path(path).iterdir()
+            if file.name[0] != "."}
+
+
+def assert_same_codes():
+    """Those in `codes` are finished, and bit for bit those in `codes-1`."""
+    found, expected = visible("codes"), visible("codes-1")
+    assert set(found) == set(expected) == {"codes.npy", "labels.npy", "metadata.json"}
+    assert [name for name in found if found[name] != expected[name]] == []
 
 
 def in_fork(function):
     """The exit status of a fork of this process that calls `function`."""
-    child = os.fork()
-    if not child:
-        try:
-            function()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    child = FORK.Process(target=function)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
-def same(a, b):
-    """Whether two folders hold the same, bit for bit."""
-    assert {path.name for path in a.iterdir()} == {path.name for path in b.iterdir()} == {"codes.npy", "labels.npy", "card.json"}
-    for path in a.iterdir():
-        assert path.read_bytes() == (b / path.name).read_bytes(), path.name
+def on_two(function):
+    """Call `function` in two forks, which are a group of processes as of torchrun.
+
+    ProcessException if one of them fails or is killed; the other one is ended then.
+    """
+    with tempfile.TemporaryDirectory() as store:
+        start_processes(join_and_call, (f"file://{store}/group", function), nprocs=2,
+                        start_method="fork")
+
+
+def join_and_call(rank, store, function):
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    PartialState._reset_state()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    function()
+    dist.destroy_process_group()
 
 
 # --- what is encoded
 
 
-def test_codes_of_photographs_of_any_shape(place):
-    """Row n is the nth photograph by class and name, as it is and mirrored; a last batch may be short."""
-    found, model = extract(), load_tokenizer("tokenizer")
-    paths = files(place / "photos")
-    assert found.codes.shape == (20, 2, 16) and found.codes.dtype == np.uint16 and found.grid == (4, 4) and len(found) == 40
-    assert found.classes == ("cats", "dogs") and found.labels.tolist() == [path.parent.name == "dogs" for path in paths]
+def encoded(crops):
+    """The codes (N, T) of images (N, 3, H, W), in the batches of an extraction."""
+    model = load("tokenizer")
+    parts = [model.encode(part).flatten(1) for part in crops.split(BATCH)]
+    return torch.cat(parts).numpy()
+
+
+def test_codes_of_photographs_of_any_shape(folder):
+    """Row n is the nth photograph, as it is and mirrored; a last batch may be short."""
+    found, x = extract(), prepared(folder, SIZE)
+    assert (found.codes.dtype, found.codes.shape) == (np.uint16, (20, 2, 16))
+    assert (found.grid, found.classes, len(found)) == ((4, 4), ("cats", "dogs"), 40)
     assert len(np.unique(found.codes)) > 20, "or a wrong order would not show"
-    for start in range(0, 20, BATCH):
-        images = torch.stack([prepare(Image.open(path), SIZE) for path in paths[start : start + BATCH]])
-        for variant, x in enumerate((images, images.flip(-1))):
-            expected = model.encode(x).flatten(1)
-            for n, tokens in enumerate(expected, start):
-                item = found[2 * n + variant]
-                assert isinstance(item, CodeItem) and item.tokens.dtype == torch.int64 and torch.equal(item.tokens, tokens)
-                assert item.label == found.labels[n] and type(item.label) is int
-                assert np.array_equal(found.codes[n, variant], tokens.numpy())
+    expected = np.stack([encoded(x), encoded(x.flip(-1))], axis=1)
+    assert np.array_equal(found.codes, expected)
+    labels = [path.parent.name == "dogs" for path in photographs(folder)]
+    assert found.labels.tolist() == labels
+    for n, item in enumerate(found[n] for n in range(40)):
+        assert isinstance(item, CodeItem)
+        assert item.tokens.dtype == torch.int64
+        assert item.tokens.tolist() == expected[n // 2, n % 2].tolist()
+        assert type(item.label) is int
+        assert item.label == labels[n // 2]
 
 
-def test_ten_crops_are_llamagens(place):
-    """The picture at int(1.1 * size), its four corners and its middle, then those of the mirrored picture."""
-    found, model = extract(size=32, ten_crop=True, crop_range=1.1), load_tokenizer("tokenizer")
-    pictures = torch.stack([prepare(Image.open(path), 35) for path in files(place / "photos")])
+def test_ten_crops_are_llamagens(folder):
+    """The corners and the center at int(1.1 * size), each also mirrored."""
+    found, x = extract(size=32, ten_crop=True, crop_range=1.1), prepared(folder, 35)
     assert found.codes.shape == (20, 10, 64)
-    for half, x in enumerate((pictures, pictures.flip(-1))):
-        crops = [x[..., :32, :32], x[..., :32, 3:], x[..., 3:, :32], x[..., 3:, 3:], x[..., 2:34, 2:34]]
-        for n, crop in enumerate(crops):
-            tokens = torch.cat([model.encode(part) for part in crop.split(BATCH)]).flatten(1)
-            assert np.array_equal(found.codes[:, 5 * half + n], tokens.numpy()), found.card["variants"][5 * half + n]
+    crops = [y[..., top : top + 32, left : left + 32] for y in (x, x.flip(-1))
+             for top, left in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
+    for n, crop in enumerate(crops):
+        same = (found.codes[:, n] == encoded(crop)).mean(axis=1)
+        assert (same > 0.95).all(), codes.TEN_CROPS[n]  # but for rounding
 
 
-def test_card_and_choices(place):
+def test_metadata_and_choices(folder):
     plain = extract("codes-a", flip=False, split="val")
-    assert plain.card == {
-        "tokenizer": "tokenizer", "fingerprint": load_tokenizer("tokenizer").fingerprint(), "codes": 32, "grid": [4, 4], "size": 16,
-        "data": "photos", "split": "val", "seed": 0, "images": 3, "pictures": plain.card["pictures"], "variants": ["plain"],
-        "crop_range": 1.0, "classes": ["cats", "dogs"], "complete": True, "versions": plain.card["versions"],
-    }
-    assert {path.name for path in (place / "codes-a").iterdir()} == {"codes.npy", "labels.npy", "card.json"}
-    drawn = extract("codes-b", data="landscapes", length=5)
-    assert drawn.codes.shape == (5, 2, 16) and "waterfall" in drawn.classes
+    about = plain.metadata
+    assert about == read_json("codes-a/metadata.json") == {
+        "tokenizer": "tokenizer", "fingerprint": load("tokenizer").fingerprint(),
+        "codebook_size": 32, "grid": [4, 4], "size": 16, "data": "photos",
+        "split": "val", "seed": 0, "images": 3, "dataset_hash": about["dataset_hash"],
+        "variants": ["plain"], "crop_range": 1.0, "classes": ["cats", "dogs"],
+        "complete": True, "versions": about["versions"]}
+    landscapes = extract("codes-b", data="landscapes", length=5)
+    assert landscapes.codes.shape == (5, 2, 16)
+    assert "waterfall" in landscapes.classes
     few, others = (extract(f"codes-{seed}", length=4, seed=seed) for seed in (1, 2))
-    assert len(few) == 8 and not np.array_equal(few.codes, others.codes)
-    (place / "photos/val/cats/broken.png").write_bytes(b"no picture")
+    assert len(few) == 8
+    assert not np.array_equal(few.codes, others.codes)
+
+
+def test_an_unreadable_image(folder):
+    plain, broken = extract("codes-a", split="val"), Path("photos/val/cats/broken.png")
+    broken.write_bytes(b"no image")
     try:
         with pytest.raises(ValueError, match="broken.png cannot be read as an image"):
-            extract("codes-c", split="val")
+            extract("codes-b", split="val")
         with pytest.warns(UserWarning, match="left out 1 of 4"):
-            assert np.array_equal(extract("codes-d", split="val", flip=False, on_error="skip").codes, plain.codes)
+            rest = extract("codes-c", split="val", on_error="skip")
     finally:
-        (place / "photos/val/cats/broken.png").unlink()
+        broken.unlink()
+    assert np.array_equal(rest.codes, plain.codes)
 
 
-def test_batch_size_and_processes_change_nothing_but_rounding(place, forks):
-    one, two, large = extract("codes-1"), extract("codes-2", processes=2), extract("codes-3", batch_size=64, processes=3)
-    same(place / "codes-1", place / "codes-2")
-    assert np.array_equal(one.labels, large.labels) and (one.codes == large.codes).mean() > 0.99
-    assert extract("codes-4", processes=50, batch_size=19).card == two.card
+def test_the_batch_size_changes_nothing_but_rounding(folder):
+    one, large = extract("codes-1"), extract("codes-64", batch_size=64)
+    assert one.metadata == large.metadata
+    assert np.array_equal(one.labels, large.labels)
+    assert (one.codes == large.codes).mean() > 0.99
 
 
-# --- how they are read
+# --- how codes are read
 
 
-def test_reading_maps_the_file(place):
-    """An array of 400 MB is opened, read here and there, and handed to other processes without being in memory."""
+def test_reading_maps_the_file(folder):
+    """400 MB are opened, read here and there, and handed on without being in memory."""
     extract()
     images, memory = 400_000, psutil.Process().memory_info
-    card = json.loads((place / "codes/card.json").read_text())
-    (place / "codes/card.json").write_text(json.dumps(card | {"images": images, "grid": [16, 16]}))
-    for name, kind, shape in (("codes", np.uint16, (images, 2, 256)), ("labels", np.int64, (images,))):
-        array = np.lib.format.open_memmap(place / f"codes/{name}.npy", "w+", kind, shape)  # a file with holes, which takes no space
-        if name == "codes":
-            array[123_456, 1, 7] = 31
-    del array
+    about = read_json("codes/metadata.json") | {"images": images, "grid": [16, 16]}
+    write_json("codes/metadata.json", about)
+
+    def sparse(name, kind, shape):  # a file with holes, which takes no space
+        return np.lib.format.open_memmap(f"codes/{name}.npy", "w+", kind, shape)
+
+    sparse("codes", np.uint16, (images, 2, 256))[123_456, 1, 7] = 31
+    sparse("labels", np.int64, (images,))
     before = memory().rss
     found = CodeDataset("codes")
-    assert isinstance(found.codes, np.memmap) and isinstance(found.codes.base, mmap.mmap) and not found.codes.flags.writeable
+    assert isinstance(found.codes, np.memmap)
+    assert not found.codes.flags.writeable
     assert found[246_913].tokens.tolist() == [0] * 7 + [31] + [0] * 248
     for n in random.Random(0).sample(range(len(found)), 300):
         found[n]
     assert memory().rss - before < 50e6
     again = pickle.loads(pickle.dumps(found))
-    assert len(pickle.dumps(found)) < 200 and again[246_913].tokens[7] == 31 and isinstance(again.codes.base, mmap.mmap)
+    assert len(pickle.dumps(found)) < 200
+    assert again[246_913].tokens[7] == 31
+    assert isinstance(again.codes.base, mmap.mmap)
     for index in (len(found), -1):
         with pytest.raises(IndexError, match=f"item {index} of a data set of 800000"):
             found[index]
 
 
-def test_batches_in_any_number_of_workers(place):
-    found = extract()
-    first, second = ([next(batches) for _ in range(20)] for batches in
-                     (endless_batches(found, 8, torch.Generator().manual_seed(0), workers) for workers in (0, 2)))
-    for a, b in zip(first, second):
-        assert isinstance(a, CodeItem) and a.tokens.shape == (8, 16) and a.label.shape == (8,)
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.label, b.label)
+def test_batches_in_any_number_of_workers(folder):
+    found, streams = extract(), []
+    for workers in (0, 2):
+        generator = torch.Generator().manual_seed(0)
+        batches = endless_batches(found, 8, generator, workers)
+        streams.append([next(batches) for _ in range(5)])  # one pass
+    assert all(isinstance(batch, CodeItem) for batch in streams[1])
+    first, second = (torch.cat([x.tokens for x in stream]) for stream in streams)
+    assert torch.equal(first, second)
     items = default_collate([found[n] for n in range(40)])
-    seen = torch.cat([batch.tokens for batch in first[:5]])  # one pass
-    assert torch.equal(seen.sort(0).values, items.tokens.sort(0).values)
+    assert torch.equal(first.sort(0).values, items.tokens.sort(0).values)
 
 
-# --- killed at any moment
+# --- several processes, and kills: placed by batches and lines of code, not by a clock
 
 
 @pytest.fixture
-def logged(monkeypatch, place):
-    """Lets `encode` note what it is given, and the disk answer at once, so that each batch is marked. Returns what reads the notes."""
-    encode, notes = VQModel.encode, place / "codes-notes"
+def logged(monkeypatch, folder):
+    """What reads and clears the notes that `encode` takes: (rank, hash of the images).
+
+    The clock stands still, so that every batch is marked as done at once.
+    """
+    encode, notes = VQModel.encode, folder / "codes-notes"
 
     def noting(self, images):
+        found = zlib.crc32(images.contiguous().numpy().tobytes())
         with open(notes, "a") as file:
-            file.write(f"{zlib.crc32(images.contiguous().numpy().tobytes())}\n")
+            file.write(f"{os.environ.get('RANK', 0)} {found}\n")
         return encode(self, images)
 
     def take():
         lines = notes.read_text().splitlines() if notes.exists() else []
         notes.unlink(missing_ok=True)
-        return lines
+        return [tuple(map(int, line.split())) for line in lines]
 
     monkeypatch.setattr(VQModel, "encode", noting)
-    monkeypatch.setattr(np.memmap, "flush", lambda array: None)
+    monkeypatch.setattr(codes, "time", SimpleNamespace(monotonic=lambda: 0.0))
     return take
 
 
-def lines_of(function, kill=0):
-    """How many lines of those functions that write files a fork executes in `function`; killed before line `kill`: its exit status."""
-    others = [training.write_json.__code__, training.press.__code__, training.written_whole.__wrapped__.__code__]
-    reader, writer = os.pipe()
-    count = 0
+@pytest.fixture
+def undisturbed(logged):
+    """The codes of one process, in `codes-1`; the hashes of what it encodes."""
+    extract("codes-1")
+    return [found for _, found in logged()]
+
+
+def at_call(monkeypatch, calls, action, rank=0):
+    """`encode` first calls `action` from its nth call on in a process of that rank."""
+    encode, made = VQModel.encode, []
+
+    def acting(self, images):
+        made.append(1)
+        if len(made) >= calls and int(os.environ.get("RANK", 0)) == rank:
+            action()
+        return encode(self, images)
+
+    monkeypatch.setattr(VQModel, "encode", acting)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail():
+    raise MemoryError
+
+
+def marked():
+    """The batches of which all images are marked as done."""
+    file = Path("codes/done.npy")
+    done = np.load(file) if file.exists() else np.zeros(20)
+    return {n for n in range(7) if done[BATCH * n : BATCH * (n + 1)].all()}
+
+
+def lines_of(function, last=0):
+    """How many lines of the code that writes files a fork executes in `function`.
+
+    With `last`, the fork's exit status: it is killed before that line.
+    """
+    count = FORK.Value("q", lock=False)
 
     def tracer(frame, event, _):
-        nonlocal count
-        if frame.f_code.co_filename != codes.__file__ and frame.f_code not in others:
-            return None
-        count += event == "line"
-        if event == "line" and count == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return tracer
+        if frame.f_code.co_filename in (codes.__file__, files.__file__):
+            count.value += event == "line"
+            if event == "line" and count.value == last:
+                kill()
+            return tracer
 
     def traced():
         sys.settrace(tracer)
         function()
-        sys.settrace(None)
-        os.write(writer, str(count).encode())
 
     status = in_fork(traced)
-    os.close(writer)
-    with open(reader) as file:
-        return status if kill else int(file.read())
+    return status if last else count.value
 
 
-def batches_of(done):
-    """The batches of which all images are marked."""
-    return {n for n in range(7) if done[BATCH * n : BATCH * (n + 1)].all()}
+def test_two_processes_share_the_work(logged, undisturbed):
+    assert len(set(undisturbed)) == len(undisturbed) == 2 * 7
+    on_two(extract)
+    ranks, found = zip(*sorted(logged()), strict=True)
+    assert ranks == (0,) * 2 * 4 + (1,) * 2 * 3
+    assert sorted(found) == sorted(undisturbed)
+    assert_same_codes()
 
 
-def test_killed_while_the_files_are_made(place):
-    """There is no folder, or a whole one, and the next call goes on with it."""
-    card = extract("codes-a").card | {"complete": False}
-    lines = lines_of(lambda: create_files(place / "codes", card))
-    shutil.rmtree("codes")
-    made = 0
-    for moment in [*sorted(random.Random(0).sample(range(1, lines - 5), 25)), *range(lines - 5, lines + 1)]:
-        assert lines_of(lambda: create_files(place / "codes", card), moment) == -signal.SIGKILL
-        if Path("codes").exists():
-            made += 1
-            assert {path.name for path in Path("codes").iterdir()} == {"codes.npy", "labels.npy", "done.npy", "card.json"}
-            if made == 1:
-                extract()
-                same(place / "codes-a", place / "codes")
-            shutil.rmtree("codes")
-    assert 0 < made < 6 and lines > 50, "the last lines come after the renaming"
-    extract()
-    same(place / "codes-a", place / "codes")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_again_and_again(place, logged, seed):
-    """The same as undisturbed, and what is marked is never encoded again."""
-    extract("codes-a")
-    order = logged()
-    assert len(order) == len(set(order)) == 2 * 7
-    lines, moments, kills, status = lines_of(lambda: extract("codes-b")), random.Random(seed), 0, None
-    logged()
+@pytest.mark.parametrize("first", [5, 15, 25, 35, 45, 80, 160])  # the first line
+def test_killed_again_and_again(logged, undisturbed, first):
+    """Nothing that is marked is encoded again, and at most one batch is lost."""
+    lines, random_lines = lines_of(lambda: extract("codes-2")), random.Random(first)
+    assert logged()
+    assert lines > 300
+    last, status = first, None
     while status != 0:
-        before = np.load("codes/done.npy") if Path("codes/done.npy").exists() else np.zeros(20)
-        status = lines_of(extract, moments.randint(1, lines))
-        notes = logged()
-        assert len(notes) == len(set(notes)) and not {order.index(note) // 2 for note in notes} & batches_of(before)
-        if status:
-            assert status == -signal.SIGKILL
-            kills += 1
-            marked = len(batches_of(np.load("codes/done.npy"))) if Path("codes/done.npy").exists() else 7 if notes else 0
-            assert len(notes) <= 2 * (marked - len(batches_of(before)) + 1), "at most one batch is lost"
-    assert kills > 0
-    same(place / "codes-a", place / "codes")
+        before = marked()
+        status = lines_of(extract, last)
+        assert status in (0, -signal.SIGKILL)
+        encoded = {undisturbed.index(found) // 2 for _, found in logged()}
+        assert not before & encoded
+        if images_done(Path("codes")) < 20:
+            assert before <= marked()
+            assert len(encoded - marked()) <= 1
+        last = random_lines.randint(1, lines)
+    assert last != first, "killed at least once"
+    Path("codes/done.npy").unlink(missing_ok=True)  # killed before it was removed
+    assert_same_codes()
 
 
-def deadly(monkeypatch, calls, end):
-    """From its nth call on in a process, `encode` ends that process, unless the file `codes-peace` is there."""
-    encode, made = VQModel.encode, []
-
-    def encode_or_die(self, images):
-        made.append(1)
-        if len(made) > calls and not Path("codes-peace").exists():
-            end()
-        return encode(self, images)
-
-    monkeypatch.setattr(VQModel, "encode", encode_or_die)
-
-
-def test_a_worker_that_is_killed(place, forks, logged, monkeypatch):
-    extract("codes-a")
-    order = logged()
+@pytest.mark.parametrize(("end", "rank", "calls"), [
+    (kill, 0, 1), (kill, 0, 4), (kill, 1, 1), (kill, 1, 4), (fail, 0, 4), (fail, 1, 3)])
+def test_a_process_that_ends(logged, undisturbed, monkeypatch, end, rank, calls):
+    """The other one ends, too, and the same command resumes."""
     with monkeypatch.context() as patch:
-        deadly(patch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(ChildProcessError, match=r"one of 2 processes .*SIGKILL.* of 20 images are in codes; the same command goes on"):
-            extract(processes=2)
-    done, array = np.load("codes/done.npy"), np.load("codes/codes.npy", mmap_mode="r+")
-    assert 0 < done.sum() < 20
-    row = int(done.argmax())
-    kept, array[row] = array[row].copy(), 77  # stays, as what is marked is left alone
+        at_call(patch, calls, end, rank)
+        with pytest.raises(ProcessException):
+            on_two(extract)
+    before = marked()
+    own = range(rank, 7, 2)  # the batches of the process that ended
+    assert before & {*own} == {*own[: (calls - 1) // 2]}
     logged()
-    assert (extract(processes=2).codes[row] == 77).all()
-    assert {order.index(note) // 2 for note in logged()} == set(range(7)) - batches_of(done)
-    array[row] = kept
-    same(place / "codes-a", place / "codes")
+    on_two(extract)
+    again = {undisturbed.index(found) // 2 for _, found in logged()}
+    assert again == set(range(7)) - before
+    assert_same_codes()
 
 
-def test_a_worker_that_fails(place, forks, monkeypatch):
-    def fail():
-        raise MemoryError("no more memory")
-
-    deadly(monkeypatch, 2, fail)
-    with pytest.raises(ChildProcessError, match="did not finish .MemoryError: no more memory.; .* the same command goes on"):
-        extract(processes=2)
-    Path("codes-peace").touch()
-    assert extract(processes=2).card["complete"]
-
-
-@pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])  # the latter for what a shell starts in the background
-def test_killed_with_its_workers(place, forks, monkeypatch, batches, handler):
-    """Workers do not outlive the process that started them."""
-    extract("codes-a")
-
-    def kill_the_parent():
-        Path("codes-worker").write_text(str(os.getpid()))
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)  # the death of the parent ends this
-
-    def begin():
-        signal.signal(signal.SIGINT, handler)
-        extract(processes=2)
-
+def test_one_extraction_at_a_time(folder, monkeypatch):
+    """A second one is refused while the first one runs, and disturbs nothing."""
+    extract("codes-1")
+    begun, go_on = FORK.Event(), FORK.Event()
     with monkeypatch.context() as patch:
-        deadly(patch, 2 * batches, kill_the_parent)
-        assert in_fork(begin) == -signal.SIGKILL
-    for _ in range(100):
-        worker = int(Path("codes-worker").read_text())
-        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("the worker lives on")
-    assert images_done(Path("codes")) < 20
-    extract(processes=2)
-    same(place / "codes-a", place / "codes")
+        at_call(patch, 4, lambda: begun.set() or go_on.wait())
+        child = FORK.Process(target=extract)
+        child.start()
+    assert begun.wait(300)
+    message = rf"codes is in use by process {child.pid} on {socket.gethostname()}"
+    with pytest.raises(BlockingIOError, match=message):
+        extract()
+    go_on.set()
+    child.join()
+    assert_same_codes()
 
 
-def test_the_command(place, capsys):
-    """Its workers are processes that start from nothing."""
-    options = ["extract-codes", "--data", "photos", "--tokenizer", "tokenizer", "--size", "16", "--ten-crop", "--crop-range", "1.1",
-               "--batch-size", "3"]
-    assert main([*options, "--out", "codes/", "--processes", "2"]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("codes: 20 images, 10 variants of each, 16 tokens each, 3200 in all; ") and printed.endswith("images/s")
-    assert main([*options, "--out", "codes-one"]) == 0
-    same(place / "codes", place / "codes-one")
-    capsys.readouterr()
-    assert main([*options, "--out", "codes"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("; all there already")
-    assert main([*options, "--out", "codes", "--size", "32"]) == 2
+KILLER = """
+import os, signal, sys
+from minigen.__main__ import main
+from minigen.vq import VQModel
+
+encode, calls = VQModel.encode, []
+
+def encode_or_kill(self, images):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, images)
+
+VQModel.encode = encode_or_kill
+main(sys.argv[1:])
+"""
+
+
+def test_the_command(folder, capsys):
+    """Under torchrun, which is killed with one of its processes, and repeated."""
+    assert main([*COMMAND, "codes-1"]) == 0
+    about = "20 images, 2 variants of each, 16 tokens each, 640 in all; "
+    printed, errors = capsys.readouterr()
+    assert not errors, "TQDM_DISABLE is set"
+    assert printed.startswith(f"codes-1: {about}")
+    assert printed.endswith(" images/s\n")
+    Path("codes-killer.py").write_text(KILLER)
+    killed, done = (  # each returns when the last process that may print has ended
+        subprocess.run([*TORCHRUN, *what, *COMMAND, "codes"], capture_output=True,
+                       text=True) for what in (["codes-killer.py"], ["-m", "minigen"]))
+    assert killed.returncode == -signal.SIGKILL
+    assert not killed.stdout
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"codes: {about}")
+    assert done.stdout.count("images/s") == 1, "only the first process prints"
+    assert_same_codes()
+    assert main([*COMMAND, "codes"]) == 0
+    assert capsys.readouterr().out == f"codes: {about}all there already\n"
+    assert main([*COMMAND, "codes", "--size", "32"]) == 2
     assert "minigen: codes was made with other settings" in capsys.readouterr().err
 
 
 # --- what is refused
 
 
-def test_finished_codes_cost_nothing(place, monkeypatch):
+def stop(monkeypatch):
+    """Codes of two batches, that is of 6 images."""
+    with monkeypatch.context() as patch:
+        at_call(patch, 5, fail)
+        with pytest.raises(MemoryError):
+            extract()
+    assert images_done(Path("codes")) == 6, "marked on the way out"
+
+
+def test_finished_codes_cost_nothing(folder, monkeypatch):
     found = extract()
     shutil.copytree("tokenizer", "copy")
     monkeypatch.setattr(VQModel, "encode", None)
-    for options in ({}, {"processes": 3}, {"batch_size": 7}, {"tokenizer": place / "copy"}, {"crop_range": 2.0}):
-        again = extract(**options)  # a crop range does not matter where nothing is cropped
-        assert again.card == found.card and np.array_equal(again.codes, found.codes)
+    for options in ({}, {"batch_size": 7}, {"tokenizer": folder / "copy"},
+                    {"crop_range": 2.0}):  # nothing is cropped
+        again = extract(**options)
+        assert again.metadata == found.metadata
+        assert np.array_equal(again.codes, found.codes)
 
 
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("options, message", [
-    ({"tokenizer": "other"}, "tokenizer = 'tokenizer', here 'other'; fingerprint = '.*', here '"),
-    ({"data": "landscapes", "length": 20}, "data = 'photos', here 'landscapes'; pictures = .*"),
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tokenizer": "other"}, "tokenizer = .*, here 'other'; fingerprint = .*, here '"),
+    ({"data": "landscapes", "length": 20},
+     "data = 'photos', here 'landscapes'; dataset_hash = "),
     ({"size": 32}, r"grid = \[4, 4\], here \[8, 8\]; size = 16, here 32\."),
     ({"flip": False}, r"variants = \['plain', 'flipped'\], here \['plain'\]\."),
-    ({"ten_crop": True}, "variants = .*; crop_range = 1.0, here 1.1"),
+    ({"ten_crop": True}, "crop_range = 1.0, here 1.1; variants = "),
     ({"split": "val"}, "split = 'train', here 'val'; images = 20, here 3"),
     ({"length": 19}, "images = 20, here 19"),
     ({"seed": 1}, "seed = 0, here 1"),
 ])
-def test_other_settings_are_refused(place, monkeypatch, options, message, finished):
-    if finished:
-        extract()
-    else:
-        stopped(monkeypatch)
-    before = {path.name: path.read_bytes() for path in Path("codes").iterdir()}
-    with pytest.raises(ValueError, match=f"^codes was made with other settings or of other pictures: .*{message}"):
+def test_other_settings_are_refused(folder, monkeypatch, options, message, finished):
+    extract() if finished else stop(monkeypatch)
+    before = visible("codes")
+    message = f"^codes was made with other settings or images: .*{message}"
+    with pytest.raises(ValueError, match=message):
         extract(**options)
-    assert before == {path.name: path.read_bytes() for path in Path("codes").iterdir()}
+    assert visible("codes") == before
 
 
-def stopped(monkeypatch, calls=4):
-    """Codes of which only some are there."""
-    with monkeypatch.context() as patch:
-        def fail():
-            raise KeyboardInterrupt
-        deadly(patch, calls, fail)
-        with pytest.raises(KeyboardInterrupt):
-            extract()
-
-
-def test_other_pictures_are_refused(place, monkeypatch):
+def test_other_images_are_refused(folder, monkeypatch):
     """A photograph that came, went, or changed its name or class would move rows."""
-    stopped(monkeypatch)
-    assert images_done(Path("codes")) == 6, "what was encoded is marked, also on the way out"
-    photos = place / "photos/train"
+    stop(monkeypatch)
+    photos = folder / "photos/train"
     shutil.copy(photos / "cats/01.jpg", photos / "cats/99.jpg")
-    with pytest.raises(ValueError, match="images = 20, here 21; pictures = "):
+    with pytest.raises(ValueError, match="images = 20, here 21; dataset_hash = "):
         extract()
     os.remove(photos / "cats/99.jpg")
-    for old, new in (("cats/01.jpg", "cats/98.jpg"), ("cats/01.jpg", "dogs/01.jpg")):
-        (photos / old).rename(photos / new)
-        with pytest.raises(ValueError, match="of other pictures: pictures = "):
+    for new in ("cats/98.jpg", "dogs/01.jpg"):
+        (photos / "cats/01.jpg").rename(photos / new)
+        with pytest.raises(ValueError, match="settings or images: dataset_hash = "):
             extract()
-        (photos / new).rename(photos / old)
-    assert extract(batch_size=4).card["complete"]
+        (photos / new).rename(photos / "cats/01.jpg")
+    assert extract(batch_size=4).metadata["complete"]
 
 
-def test_incomplete_codes_are_refused(place, monkeypatch):
-    stopped(monkeypatch)
-    with pytest.raises(ValueError, match="codes holds the codes of 6 of 20 images: finish by `python -m minigen extract-codes`"):
+def test_incomplete_codes_are_refused(folder, monkeypatch):
+    stop(monkeypatch)
+    message = "codes holds the codes of 6 of 20 images: finish it by `python -m minigen"
+    with pytest.raises(ValueError, match=message):
         CodeDataset("codes")
 
 
-def test_codes_of_another_tokenizer_are_refused(place):
-    found, one, other = extract(), load_tokenizer("tokenizer"), load_tokenizer("other")
+def test_codes_of_another_tokenizer_are_refused(folder):
+    found, one, other = extract(), load("tokenizer"), load("other")
     assert len(CodeDataset("codes", one)) == len(found)
-    with pytest.raises(ValueError, match=rf"made by the tokenizer {one.fingerprint()} \(tokenizer, 32 codes\), found {other.fingerprint()}"):
+    message = (rf"expected {one.fingerprint()} \(tokenizer, 32 codes\), found "
+               rf"{other.fingerprint()} \(32\)")
+    with pytest.raises(ValueError, match=message):
         CodeDataset("codes", other)
 
 
 def damaged(change):
     def make():
         extract()
-        change(Path("codes"))
+        change()
         CodeDataset("codes")
     return make
 
 
-def write(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+def replaced(name, shape, kind):
+    return damaged(lambda: np.save(f"codes/{name}.npy", np.zeros(shape, kind)))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: extract(size=18), "a picture of 18 x 18 cannot be divided into squares of 4 pixels"),
-    (lambda: extract(processes=0), "processes must be at least 1, found 3 and 0"),
-    (lambda: extract(batch_size=0), "batch_size and processes must be at least 1"),
-    (lambda: extract(ten_crop=True, crop_range=0.9), "crop_range must be at least 1, found 0.9"),
-    (lambda: extract(ten_crop=True, crop_range=float("nan")), "crop_range must be at least 1, found nan"),
-    (lambda: extract(tokenizer="photos"), "photos holds no config.json"),
+def of_something_else():
+    write_json("codes/metadata.json", {"name": "x"})
+    extract()
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: extract(size=18), "multiples of 4, found 18 x 18"),
+    (lambda: extract(batch_size=0), "batch_size must be at least 1, found 0"),
+    (lambda: extract(ten_crop=True, crop_range=0.9), "at least 1, found 0.9"),
+    (lambda: extract(ten_crop=True, crop_range=float("nan")), "at least 1, found nan"),
+    (lambda: extract(tokenizer="photos"), "photos is no checkpoint"),
     (lambda: extract(tokenizer="vq_ds16_c2i.pt"), "there is no file vq_ds16_c2i.pt"),
     (lambda: extract(data="nowhere"), "there is no folder nowhere"),
-    (lambda: extract(out="photos"), "photos holds something else than codes: expected a new or empty folder"),
-    (lambda: extract(out="photos/train/cats/01.jpg"), "01.jpg holds something else than codes"),
-    (lambda: CodeDataset("photos"), "photos holds no codes: .* found no card.json"),
-    (lambda: (write(Path("codes/card.json"), "{\"name\": \"x\"}"), extract()), "codes holds no codes: .* found another card.json"),
-    (damaged(lambda path: os.truncate(path / "codes.npy", 900)), "mmap length is greater than file size"),
-    (damaged(lambda path: np.save(path / "codes.npy", np.zeros((20, 2, 9), np.uint16))), r"is damaged: .*\(20, 2, 16\).*\(20, 2, 9\)"),
-    (damaged(lambda path: np.save(path / "codes.npy", np.zeros((20, 2, 16), np.int64))), "is damaged: .* in int64"),
-    (damaged(lambda path: np.save(path / "labels.npy", np.zeros(19, np.int64))), "is damaged: .* and 19 labels"),
+    (lambda: extract(out="photos"), "photos holds something other than codes"),
+    (lambda: extract(out="photos/train/cats/01.jpg"), "01.jpg"),
+    (lambda: CodeDataset("photos"), "photos holds no codes: .*json, found none"),
+    (of_something_else, "codes holds no codes: .* metadata.json, found another"),
+    (damaged(lambda: os.truncate("codes/codes.npy", 900)), "greater than file size"),
+    (replaced("codes", (20, 2, 9), np.uint16), r"\(20, 2, 16\) .*\(20, 2, 9\) codes"),
+    (replaced("codes", (20, 2, 16), np.int64), "is damaged: .* codes in int64"),
+    (replaced("labels", 19, np.int64), "is damaged: .* and 19 labels"),
 ])
-def test_what_is_refused(place, make, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+def test_what_is_refused(folder, make, message):
+    with pytest.raises((ValueError, OSError), match=message):
         make()
 
 
-def test_too_many_codes_for_sixteen_bits(place, monkeypatch):
-    monkeypatch.setattr(VQModel, "codes", 65_537)
-    with pytest.raises(ValueError, match="expected a tokenizer of at most 65,536 codes, found 65,537"):
+def test_sixteen_bits(folder, monkeypatch):
+    monkeypatch.setattr(VQModel, "codebook_size", 65_537)
+    with pytest.raises(ValueError, match="at most 65,536 codes, found 65,537"):
         extract()
     assert not Path("codes").exists()
-    monkeypatch.setattr(VQModel, "codes", 65_536)
-    assert extract().card["codes"] == 65_536
-
-
-def test_the_largest_code_is_kept(place, monkeypatch):
-    monkeypatch.setattr(VQModel, "codes", 65_536)
-    monkeypatch.setattr(VQModel, "encode", lambda self, images: torch.full((len(images), 4, 4), 65_535))
+    monkeypatch.setattr(VQModel, "codebook_size", 65_536)
+    monkeypatch.setattr(VQModel, "encode",
+                        lambda self, images: torch.full((len(images), 4, 4), 65_535))
     assert extract()[0].tokens.unique().tolist() == [65_535]
 
 
-def test_a_full_disk_is_an_error_at_the_start(place):
-    """As no file may grow so far, here; nothing is left behind."""
+def test_a_full_disk_is_an_error_at_the_start(folder):
+    """Here no file may grow so far. Nothing is left behind."""
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        with pytest.raises(OSError, match="codes could not be made, for which 0.0 MB are needed: "):
+        message = "codes in codes need 0.0 MB, which could not be reserved: "
+        with pytest.raises(OSError, match=message):
             extract()
 
     assert in_fork(limited) == 0
-    assert not Path("codes").exists() and not list(place.glob(".writing*"))
+    assert not visible("codes")
+    about = {"images": 100_000, "variants": ["plain"], "grid": [4, 4]}
+    codes.create_files(Path("codes"), about)
+    for name in ("codes.npy", "labels.npy"):
+        file = os.stat(f"codes/{name}")
+        assert 512 * file.st_blocks >= file.st_size >= 800_000, "its space is reserved"

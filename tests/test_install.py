@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
@@ -20,13 +20,20 @@ def blocks(language):
 
 
 def commands():
-    """Each command of README's bash blocks, without comments, continuation lines joined."""
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [
-        line
-        for line in (re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines())
-        if line and line[0] != "#"
-    ]
+    """README's shell commands, without comments, continuation lines joined."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return list(filter(None, (re.sub(r"(^|\s+)#.*", "", line) for line in lines)))
+
+
+def python(arguments, folder, package=ROOT):
+    """Run Python in `folder`, where `package` is the folder that holds minigen."""
+    own = {"MINIGEN_PRESET": "test", "PYTHONPATH": str(package)}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, timeout=300,
+                          env=os.environ | own, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)
+    output = f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{output}"
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -34,92 +41,68 @@ def wheel(tmp_path_factory):
     tree = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "minigen", tree / "minigen", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--disable-pip-version-check",
-    ]
-    subprocess.run([*pip, "-w", "dist", "."], cwd=tree, check=True)
+    for name in ("minigen", "data/checkpoints"):
+        shutil.copytree(ROOT / name, tree / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+    python(["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+            "--disable-pip-version-check", "-w", "dist", "."], tree)
     return next((tree / "dist").glob("*.whl"))
 
 
-def test_wheel_holds_every_module(wheel):
+def test_wheel_holds_every_module_and_checkpoint(wheel):
     assert wheel.name.startswith("minigen_book-")
     with zipfile.ZipFile(wheel) as file:
-        held = {name for name in file.namelist() if name.startswith("minigen/")}
-        metadata = next(file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA"))
-    ours = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "minigen").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert ours <= held
-    assert "\nName: minigen-book\n" in metadata and "\nLicense-Expression: Apache-2.0\n" in metadata
+        held = set(file.namelist())
+        metadata = file.read(next(name for name in held if name.endswith("/METADATA")))
+    for folder, inside in (("minigen", "minigen"),
+                           ("data/checkpoints", "minigen/_shipped")):
+        ours = {f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
+                for path in (ROOT / folder).rglob("*")
+                if path.is_file() and "__pycache__" not in path.parts}
+        assert ours <= held
+    for line in (b"\nName: minigen-book\n", b"\nLicense-Expression: Apache-2.0\n"):
+        assert line in metadata
 
 
 def test_wheel_works_away_from_the_clone(wheel, tmp_path):
+    """Installed into a folder of its own, it finds the models that ship with it."""
+    site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path / "site")
-    code = "import minigen, minigen.gpt; print(minigen.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(tmp_path))
+        file.extractall(site)
+    printed = python(["-c", (
+        "import minigen; model = minigen.load('imagegpt')\n"
+        "image = model.generate_images(minigen.load('vq'), 1)\n"
+        "print(minigen.__file__, type(model).__name__, *image.shape)")], tmp_path, site)
+    path, name, *shape = printed.split()
+    assert path.startswith(str(site))
+    assert (name, shape[:2]) == ("ImageGPT", ["1", "3"])
 
 
 def test_readme_python_runs(tmp_path):
-    """The python blocks of README, one after the other, as one program in an empty folder."""
+    """The python blocks of README, as one program in an empty folder."""
     assert blocks("python"), "README shows no Python"
     (tmp_path / "readme.py").write_text("\n".join(blocks("python")))
-    environment = {**os.environ, "MINIGEN_PRESET": "test", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "readme.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    python(["readme.py"], tmp_path)
 
 
 def test_readme_commands_run(tmp_path):
-    """Each `python -m minigen` line of README, at the smallest preset, one after the other in an empty folder."""
-    environment = {**os.environ, "MINIGEN_PRESET": "test", "PYTHONPATH": str(ROOT)}
-    ours = [command for command in commands() if command.startswith("python -m minigen")]
+    """Each minigen line of README, at the smallest preset, in an empty folder."""
+    ours = [shlex.split(command) for command in commands() if "-m minigen" in command]
     assert ours, "README shows no command"
-    for command in ours:
-        command += " --quick" if " bench " in command else ""
-        words = [sys.executable, *re.sub(r"--preset[ =]\S+", "--preset test", command).split(" ", 1)[1:]]
-        words = [words[0], *shlex.split(" ".join(words[1:]))]
-        done = subprocess.run(
-            words,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    for program, *words in ours:
+        words = ["test" if before == "--preset" else word
+                 for before, word in zip([program, *words], words)]
+        launcher = ["-m", "torch.distributed.run"] if program == "torchrun" else []
+        python([*launcher, *words, *["--quick"] * ("bench" in words)], tmp_path)
 
 
 def test_readme_make_lines_are_targets():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for command in commands():
-        if command.startswith("make "):
-            assert command.split()[1] in targets, command
+    used = {command.split()[1] for command in commands() if command.startswith("make ")}
+    assert used
+    assert used <= targets
 
 
-def test_readme_pictures_exist():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)\"", README):
-        name = path[0] or path[1]
-        assert "://" in name or (ROOT / name).is_file(), name
+def test_readme_images_exist():
+    for path in re.findall(r"(?:!\[[^\]]*\]\(|<img[^>]+src=\")([^)\s\"]+)", README):
+        assert "://" in path or (ROOT / path).is_file(), path

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,112 +13,170 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from minigen.__main__ import chapters, main, script
-from minigen.data import load_dataset
+from minigen.checkpoints import SHIPPED, load
+from minigen.files import read_json
 from minigen.pixelgpt import PixelGPT, TokenDataset, next_pixel_loss
-from minigen.training import evaluate, load_checkpoint, shipped_result
+from minigen.runs import shipped_result
+from minigen.training import evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
+TEST = ("train", "pixelgpt", "--preset", "test")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc_per_node", "2")
 
 
-def run(*arguments, cwd):
-    """What `python -m minigen ...` prints, in a fresh process."""
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run([sys.executable, "-m", "minigen", *arguments], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + ("" if "--json" in arguments else done.stderr)
+def new_process(*arguments, cwd, launcher=(sys.executable,), status=0):
+    """What `python -m minigen ...` prints, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    done = subprocess.run([*launcher, "-m", "minigen", *arguments], cwd=cwd, text=True,
+                          env=environment, capture_output=True, timeout=600)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def minigen(capsys):
+    """The same in this process, with what it prints as text."""
+
+    def run(*arguments, status=0):
+        assert main([str(argument) for argument in arguments]) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A folder with a finished run in it, `run`."""
     folder = tmp_path_factory.mktemp("train")
-    shown = run("train", "pixelgpt", "--preset", "test", "--out", "run", cwd=folder)
-    assert "loss=" in shown and "tokens_per_s=" in shown and "3/3" in shown  # the progress bar
+    shown = new_process(*TEST, "--out", "run", cwd=folder).stderr
+    for part in ("loss=", "tokens/s=", "3/3"):  # the progress bar
+        assert part in shown
     return folder
 
 
-def test_train_writes_checkpoint_pictures_and_result(trained):
-    names = {p.name for p in (trained / "run").iterdir()}
-    assert names == {"model.safetensors", "config.json", "result.json", "log.jsonl", "step-00001.png", "step-00003.png"}
-    result = json.loads((trained / "run/result.json").read_text())
-    assert {"command", "commit", "preset", "hardware", "minutes", "seed", "dataset", "date", "versions", "metrics"} <= set(result)
-    assert result["preset"] == "test" and [h["step"] for h in result["history"]] == [1, 3]
-    assert result["metrics"]["bits_per_dimension"] == pytest.approx(result["metrics"]["bits_per_pixel"] / 3)
-    assert Image.open(trained / "run/step-00003.png").size[0] > 100
+@pytest.fixture
+def here(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
 
 
-def test_sample_reads_the_checkpoint(trained):
-    run("sample", "run", "--first-pixel", "0x8EE", "--count", "4", "--seed", "1", "--top-k", "50", "--out", "a.png", cwd=trained)
-    run("sample", "run", "--first-pixel", "0x8EE", "--count", "4", "--seed", "1", "--top-k", "50", "--out", "b.png", cwd=trained)
-    assert (trained / "a.png").read_bytes() == (trained / "b.png").read_bytes()
-    assert Image.open(trained / "a.png").convert("RGB").getpixel((1, 1)) == (0x88, 0xEE, 0xEE)  # the first pixel is sky blue
+def test_train_writes_checkpoint_images_and_result(here):
+    names = {path.name for path in Path("run").iterdir()} - {".lock"}
+    assert names == {"model.safetensors", "config.json", "result.json", "log.jsonl",
+                     "step-00001.png", "step-00003.png"}
+    result = read_json("run/result.json")
+    assert result["preset"] == "test"
+    assert [h["step"] for h in result["history"]] == [1, 3]
+    metrics = result["metrics"]
+    assert metrics["bits_per_pixel"] == pytest.approx(3 * metrics["bits_per_dimension"])
+    assert metrics["val_loss"] == pytest.approx(metrics["bits_per_pixel"] * math.log(2))
+    assert Image.open("run/step-00003.png").size[0] > 100
 
 
-def test_info(trained):
-    assert "pixelgpt" in run("info", cwd=trained)
-    about = run("info", "run", cwd=trained)
-    assert "parameters" in about and '"preset": "test"' not in about and '"size": 16' in about
+def test_sample_reads_the_checkpoint(here, minigen):
+    for name in ("a.png", "b.png"):
+        minigen("sample", "run", "--first-pixel", "0x8EE", "--count", 4, "--seed", 1,
+                "--top-k", 50, "--out", name)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    sky = Image.open("a.png").convert("RGB").getpixel((1, 1))
+    assert sky == (0x88, 0xEE, 0xEE)
+    assert "color" in minigen("sample", "run", "--first-pixel", "0x1000", status=2)
 
 
-def test_ship_puts_a_run_into_data(trained):
-    run("ship", "run", "--data", "data", cwd=trained)
-    about = json.loads((trained / "data/results/run.json").read_text())
-    assert about == json.loads((trained / "run/result.json").read_text())
-    assert len(list((trained / "data/results/run").glob("*.png"))) == len(about["history"])
-    half, whole = (folder / "model.safetensors" for folder in (trained / "data/checkpoints/run", trained / "run"))
-    assert half.stat().st_size < 0.6 * whole.stat().st_size
-    run("sample", "data/checkpoints/run", "--count", "2", "--out", "shipped.png", cwd=trained)
-    run("ship", "run", "--data", "light", "--without-weights", cwd=trained)
-    assert (trained / "light/results/run.json").exists() and not (trained / "light/checkpoints").exists()
+def test_sample_takes_a_chapter_for_its_best_model(minigen, tmp_path):
+    """One color of one image: the model's other pixels take a second or two."""
+    minigen("sample", "pixelgpt", "--count", 1, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 32
 
 
-@pytest.mark.parametrize("checkpoint", sorted((ROOT / "data/checkpoints").glob("pixelgpt-*")), ids=lambda path: path.name)
-def test_shipped_checkpoints_give_the_loss_of_their_result(checkpoint):
-    """What the book prints of a run is what its weights, as they ship, do today on pictures drawn today."""
-    about = shipped_result(checkpoint)
-    module = script(about["script"])
-    config = module.Config(**{name: about["config"][name] for name in ("preset", "size", "val_images", "batch_size", "seed", "data")})
-    val = load_dataset(config.data, config.size, "val", config.val_images, seed=config.seed)
-    model = load_checkpoint(PixelGPT, checkpoint)
-    loss = evaluate(model, TokenDataset(val, model.tokenizer), next_pixel_loss, config.batch_size)
+def test_sample_refuses_weights_that_are_not_the_model_s(here, minigen, tmp_path):
+    (tmp_path / "config.json").write_bytes(Path("run/config.json").read_bytes())
+    weights = load_file("run/model.safetensors")
+    del weights["gpt.transformer.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    error = minigen("sample", tmp_path, status=2)
+    assert "gpt.transformer.norm.weight is missing" in error
+
+
+def test_info(here, minigen):
+    assert "pixelgpt: presets test, demo" in minigen("info")
+    about = minigen("info", "run")
+    assert '"size": 16' in about
+    assert '"val_loss"' in about
+    assert re.search(r"[\d,]+ numbers, [\d.]+ MB", about)
+
+
+def test_ship_puts_a_run_into_data(here, minigen):
+    minigen("ship", "run", "--data", "data")
+    about = read_json("data/results/run.json")
+    assert about == read_json("run/result.json")
+    assert len(list(Path("data/results/run").glob("*.png"))) == len(about["history"])
+    half, whole = (Path(folder, "model.safetensors").stat().st_size
+                   for folder in ("data/checkpoints/run", "run"))
+    assert half < 0.6 * whole
+    minigen("sample", "data/checkpoints/run", "--count", 2, "--out", "shipped.png")
+    minigen("ship", "run", "--data", "light", "--without-weights")
+    assert Path("light/results/run.json").exists()
+    assert not Path("light/checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in SHIPPED.glob("pixelgpt-*")))
+def test_shipped_checkpoints_give_the_loss_of_their_result(name):
+    """What the book prints is what the weights, as they ship, do today."""
+    about, model = shipped_result(name), load(name, PixelGPT)
+    config = script(about["script"]).Config(**{
+        field: about["config"][field]
+        for field in ("preset", "size", "val_images", "batch_size", "seed", "data")})
+    val = TokenDataset(config.dataset("val"), model.tokenizer)
+    loss = evaluate(model, val, next_pixel_loss, config.batch_size)
     assert loss == pytest.approx(about["metrics"]["val_loss"], abs=2e-3)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"], ["info", "--help"]])
-def test_help(arguments, tmp_path):
-    assert "usage" in run(*arguments, cwd=tmp_path).lower()
+# ---- words
+
+
+def test_help(minigen, capsys):
+    assert "usage" in minigen("--help")
+    for command in ("bench", "info", "ship", "extract-codes"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert "usage" in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize("chapter", chapters())
 def test_every_option_of_a_script_has_its_help(chapter, capsys):
-    """Help is made of the comments beside the fields, inherited ones and those with another default as well."""
+    """The comment beside a field or above it, where a class or a parent has one."""
     with pytest.raises(SystemExit):
         main(["train", chapter, "--help"])
     shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
     config = script(chapter).Config
+    source = "".join(map(inspect.getsource, config.__mro__[:-1]))
     for field in fields(config):
-        home = next(kind for kind in config.__mro__ if field.name in kind.__annotations__)
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(home), re.MULTILINE)
-        assert comment and comment[1] in shown, field.name
+        pattern = rf"^    (?:# (.+)\n    {field.name}:|{field.name}: .*?  # (.*)$)"
+        comment = re.search(pattern, source, re.MULTILINE)
+        assert comment, field.name
+        assert (comment[1] or comment[2]) in shown, field.name
 
 
-@pytest.mark.parametrize("arguments, message", [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["draw"], "no command 'draw'"),
     (["train", "dalle"], "no chapter 'dalle' to train; there are .*pixelgpt"),
     (["train", "pixelgpt", "--preset", "huge"], "no preset 'huge'; it has test, demo"),
-    (["sample", "nowhere"], "nowhere holds no config.json"),
-    (["info", "nowhere"], "nowhere holds no config.json"),
+    (["sample", "nowhere"], "nowhere is no checkpoint: .*one of pixelgpt, "),
+    (["info", "nowhere"], "nowhere is no checkpoint"),
     (["bench", "nothing"], "no benchmark nothing"),
-    (["train", "pixelgpt", "--preset", "test", "--data", "missing-folder"], "missing-folder"),
-    (["train", "pixelgpt", "--preset", "test", "--bits", "9"], "bits=9"),
+    ([*TEST, "--data", "missing-folder"], "missing-folder"),
+    ([*TEST, "--bits", "9"], "bits=9"),
 ])
-def test_mistakes_are_one_sentence(arguments, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_sentence(arguments, message, minigen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error) and "Traceback" not in error
+    error = minigen(*arguments, status=2)
+    assert re.search(message, error)
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("chapter", chapters())
@@ -125,42 +184,46 @@ def test_every_script_has_the_same_parts(chapter):
     module = script(chapter)
     assert {"test", "demo", "full", "paper"} <= set(module.PRESETS)
     assert all(config.preset == name for name, config in module.PRESETS.items())
-    assert callable(module.main) and callable(module.sample) and module.SampleOptions
+    for part in ("build", "main", "sample", "SampleOptions"):
+        assert callable(getattr(module, part))
 
 
-def test_trains_on_a_folder_of_pictures(tmp_path):
+# ---- runs
+
+
+def test_trains_on_a_folder_of_images(tmp_path, monkeypatch, minigen):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
     for n in range(12):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        Image.effect_noise((20 + n, 24), 80).convert("RGB").save(tmp_path / f"photos/{n}.jpg")
-    run("train", "pixelgpt", "--preset", "test", "--data", "photos", "--out", "run", cwd=tmp_path)
-    assert json.loads((tmp_path / "run/result.json").read_text())["dataset"] == "photos"
-    run("sample", "run", "--data", "photos", "--count", "3", "--out", "drawn.png", cwd=tmp_path)
-    assert Image.open(tmp_path / "drawn.png").size[0] > 32
+        noise = Image.effect_noise((20 + n, 24), 80).convert("RGB")
+        noise.save(f"photos/{n}.jpg")
+    minigen(*TEST, "--data", "photos", "--out", "run")
+    assert read_json("run/result.json")["dataset"] == "photos"
+    minigen("sample", "run", "--data", "photos", "--count", 3, "--out", "drawn.png")
+    assert Image.open("drawn.png").size[0] > 32
 
 
-def test_the_published_form_runs(tmp_path):
-    run("train", "pixelgpt", "--preset", "test", "--sequences", "windows", "--positions", "rowcol", "--out", "w", cwd=tmp_path)
-    assert json.loads((tmp_path / "w/result.json").read_text())["config"]["sequences"] == "windows"
+def test_the_published_form_runs(tmp_path, minigen):
+    minigen(*TEST, "--sequences", "windows", "--positions", "rowcol", "--out", tmp_path)
+    assert read_json(tmp_path / "result.json")["config"]["sequences"] == "windows"
 
 
-def same_but_for_the_clock(a, b):
-    """Whether two runs wrote the same weights, pictures and figures."""
+def assert_same_but_for_the_clock(a, b):
+    """Two runs wrote the same weights, images and figures."""
     for path in [*a.glob("*.png"), a / "model.safetensors", a / "config.json"]:
         assert path.read_bytes() == (b / path.name).read_bytes(), path.name
-    one, other = (json.loads((folder / "result.json").read_text()) for folder in (a, b))
+    one, other = (read_json(folder / "result.json") for folder in (a, b))
     for result in (one, other):
-        del result["minutes"], result["metrics"]["tokens_per_second"], result["config"]["out"], result["config"]["resume"]
+        del result["minutes"], result["metrics"]["tokens_per_second"]
+        del result["config"]["out"], result["config"]["resume"]
     assert one == other
 
 
-def test_a_run_is_the_same_twice_and_when_it_was_killed(trained):
-    run("train", "pixelgpt", "--preset", "test", "--out", "again", cwd=trained)
-    same_but_for_the_clock(trained / "run", trained / "again")
-    code = """
+KILL = """
 import os, signal, sys
 from minigen.train import pixelgpt
 real = pixelgpt.save_grid
-def deadly(images, path, **options):  # in the middle of the second look
+def deadly(images, path, **options):  # in the middle of the second evaluation
     if "00003" in path.name:
         os.kill(os.getpid(), signal.SIGKILL)
     real(images, path, **options)
@@ -168,59 +231,88 @@ pixelgpt.save_grid = deadly
 from minigen.__main__ import main
 main(sys.argv[1:])
 """
-    arguments = ["train", "pixelgpt", "--preset", "test", "--out", "killed"]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], cwd=trained).returncode == -9
-    done = subprocess.run([sys.executable, "-m", "minigen", *arguments], cwd=trained, capture_output=True, text=True)
-    assert done.returncode == 2 and "stopped after step 2: go on with it by resume=True (--resume)" in done.stderr
-    assert "Traceback" not in done.stderr
-    run(*arguments, "--resume", cwd=trained)
-    same_but_for_the_clock(trained / "run", trained / "killed")
 
 
-def test_the_script_trains_on_two_processes(trained):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "minigen", "train", "pixelgpt"]
-    done = subprocess.run([*command, "--preset", "test", "--precision", "float32", "--out", "two"], cwd=trained, capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("bits_per_pixel") == 1, "only the first process prints"
-    run("train", "pixelgpt", "--preset", "test", "--precision", "float32", "--out", "one", cwd=trained)
-    one, two = (json.loads((trained / name / "result.json").read_text())["history"] for name in ("one", "two"))
+def test_a_run_is_the_same_when_it_was_killed_and_stays_finished(here, minigen):
+    arguments = [*TEST, "--out", "killed"]
+    assert subprocess.run([sys.executable, "-c", KILL, *arguments]).returncode == -9
+    error = minigen(*arguments, status=2)
+    assert "stopped after step 2: resume it with resume=True (--resume)" in error
+    new_process(*arguments, "--resume", cwd=here)
+    assert_same_but_for_the_clock(here / "run", here / "killed")
+    before = Path("killed/log.jsonl").stat().st_mtime_ns
+    assert '"val_loss"' in minigen(*arguments, "--resume")
+    assert "replace it with --overwrite" in minigen(*arguments, status=2)
+    error = minigen(*arguments, "--resume", "--lr", 0.5, status=2)
+    assert "other settings: lr = 0.002, here 0.5" in error
+    assert Path("killed/log.jsonl").stat().st_mtime_ns == before
+    minigen(*arguments, "--overwrite", "--seed", 1)
+    assert read_json("killed/result.json")["seed"] == 1
+
+
+def test_the_script_trains_on_two_processes(here, minigen):
+    """And returns the result of a finished run on two."""
+    arguments = [*TEST, "--precision", "float32"]
+    for option in ("--no-resume", "--resume"):
+        done = new_process(*arguments, option, "--out", "two", cwd=here,
+                           launcher=TORCHRUN)
+        assert done.stdout.count("bits_per_pixel") == 1, "only the first process prints"
+    minigen(*arguments, "--out", "one")
+    one, two = (read_json(here / name / "result.json")["history"]
+                for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4) and a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        for name in ("train_loss", "val_loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
 
 
-def test_the_options_of_the_loop(tmp_path):
-    run("train", "pixelgpt", "--preset", "test", "--ema", "0.9", "--accumulate", "2", "--tensorboard", "--out", "run", cwd=tmp_path)
+def test_the_options_of_the_loop(tmp_path, minigen):
+    minigen(*TEST, "--ema", 0.9, "--accumulate", 2, "--tensorboard",
+            "--out", tmp_path / "run")
     assert list((tmp_path / "run/tensorboard").iterdir())
-    command = json.loads((tmp_path / "run/result.json").read_text())["command"]
-    assert command == "python -m minigen train pixelgpt --preset test --accumulate 2 --ema 0.9 --tensorboard"
-    run(*command.split()[3:], "--out", "again", cwd=tmp_path)
-    same_but_for_the_clock(tmp_path / "run", tmp_path / "again")
+    command = read_json(tmp_path / "run/result.json")["command"]
+    assert command == ("python -m minigen train pixelgpt --preset test --accumulate 2 "
+                       "--ema 0.9 --tensorboard")
+    minigen(*command.split()[3:], "--out", tmp_path / "again")
+    assert_same_but_for_the_clock(tmp_path / "run", tmp_path / "again")
 
 
-def test_bench_of_training(tmp_path, monkeypatch):
+# ---- benchmarks: that they measure what they say; how fast depends on the machine
+
+
+def bench(minigen, *names):
+    rows = json.loads(minigen("bench", *names, "--quick", "--json"))["rows"]
+    for row in rows:
+        assert math.isfinite(row["value"]), row
+        if "difference" in row["case"]:
+            assert row["value"] < 1e-4
+        else:
+            assert row["value"] > 0, row
+    return rows
+
+
+def test_bench_of_training(minigen, monkeypatch):
     from minigen.bench import training
 
-    rows = {row["case"]: row for row in json.loads(run("bench", "training", "--quick", "--json", cwd=tmp_path))["rows"]}
-    assert next(row for case, row in rows.items() if "difference" in case)["value"] < 1e-4
-    memory = next(row for case, row in rows.items() if "peak memory" in case)
-    assert 0.1 < memory["value"] < 0.8, "1024 places; the target of 0.55 is for 4096"
+    monkeypatch.setattr(training, "pick_dtype", lambda device: torch.float32)
+    rows = bench(minigen, "training")
+    slow = [row for row in rows if "bfloat16" in row["case"]]
+    assert [(row["target"], row["reached"]) for row in slow] == [(None, None)] * 2
+    assert all("no bfloat16 instructions" in row["note"] for row in slow)
     # the rows of a GPU, on the processor and with a compiler back end that needs none
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile",
+                        lambda function: compiled(function, backend="aot_eager"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    cases = {row.case: row for row in training.gpu_rows(torch.device("cpu"), 64, 2, 1)}
-    assert [case.split(", ")[-1] for case in cases] == [
-        "not compiled", "not compiled: share of the card's peak", "compiled", "compiled: share of the card's peak"]
-    rate, share = list(cases.values())[:2]
+    rows = training.gpu_rows(torch.device("cpu"), 64, 2, 1)
+    assert [row.case.split(", ")[-1] for row in rows] == [
+        "not compiled", "not compiled: share of the card's peak",
+        "compiled", "compiled: share of the card's peak"]
     weights = 4096 * 128 + 4 * 12 * 128**2 + 9 * 128  # embedding, blocks, norms
-    assert share.value == pytest.approx(rate.value * (6 * weights + 12 * 4 * 128 * 64) / 989e12)
+    flops = rows[0].value * (6 * weights + 12 * 4 * 128 * 64)
+    assert rows[1].value == pytest.approx(flops / 989e12)
 
 
-def test_bench_prints_ratios_for_machines(tmp_path):
-    table = json.loads(run("bench", "gpt", "--quick", "--json", cwd=tmp_path))
-    rows = {row["case"]: row for row in table["rows"]}
-    cached = next(row for case, row in rows.items() if "cached against" in case)
-    assert cached["value"] > 5  # 1024 pixels; the target of 70 is for 4096
-    assert next(row for case, row in rows.items() if "largest difference" in case)["value"] < 1e-4
-    assert next(row for case, row in rows.items() if "multinomial" in case)["value"] > 3
+def test_bench_of_gpt(minigen):
+    cases = [row["case"] for row in bench(minigen, "gpt")]
+    for part in ("cached against", "largest difference", "multinomial"):
+        assert any(part in case for case in cases)

@@ -1,43 +1,44 @@
-"""The training loop, its loss, and the files it writes. Kills and several processes are in `test_resume.py`."""
+"""The training engine, its loss, checkpoints and results.
 
-import json
-import math
-import os
+Kills, locks and several processes are in `test_resume.py`.
+"""
+
 import re
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
+from toy import PRESETS, Config, build
 
+from minigen import checkpoints
+from minigen.checkpoints import find_checkpoint, load, save_checkpoint
+from minigen.data import endless_batches
+from minigen.devices import pick_device, pick_dtype, pick_preset
+from minigen.files import read_json, write_json
 from minigen.gpt import GPT, GPTConfig
-from minigen.pixelgpt import PixelGPT, PixelGPTConfig
+from minigen.losses import linear_cross_entropy
+from minigen.pixelgpt import PixelGPT
+from minigen.runs import RunConfig, command_line, describe_run, run
 from minigen.training import (
     FitConfig,
-    RunConfig,
-    command_line,
     decay_groups,
-    describe_run,
+    eval_history,
     evaluate,
-    finish_run,
     fit,
     learning_rate,
-    linear_cross_entropy,
-    load_checkpoint,
-    looks,
-    pick_device,
-    pick_dtype,
-    pick_preset,
     progress,
     read_log,
-    save_checkpoint,
-    write_json,
+    update_ema,
 )
+
+LINE = torch.tensor([[1.0], [-2.0], [0.5]])
 
 
 def mse(model, batch):
@@ -45,26 +46,32 @@ def mse(model, batch):
     return (model(x) - y).square().mean()
 
 
-def regression(steps=60, poison=None, folder=None, average=None, items=320, **options):
-    """A toy that has nothing to do with pictures: `fit` has no opinion about models."""
+def points(items=320, poison=None):
+    """A line that has nothing to do with images: `fit` has no opinion about models."""
+    x = torch.randn(items, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ LINE + 0.3
+    if poison is not None:
+        y[poison] = torch.nan
+    return TensorDataset(x, y)
+
+
+def regression(steps=60, data=None, folder=None, resume=False, ema_model=None,
+               **options):
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
-    x = torch.randn(items, 3)
-    y = x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
-    if poison is not None:
-        y[poison] = math.nan
-    config = FitConfig(**dict(steps=steps, batch_size=32, lr=0.1, warmup=5, weight_decay=0.0,
-                              precision="float32") | options)
-    return model, fit(model, TensorDataset(x, y), mse, config, folder=folder, average=average)
+    config = FitConfig(**{"steps": steps, "batch_size": 32, "lr": 0.1, "warmup": 5,
+                          "weight_decay": 0.0, "precision": "float32"} | options)
+    return model, fit(model, data or points(), mse, config, folder=folder,
+                      ema_model=ema_model, resume=resume)
 
 
-def test_fits_a_toy_regression():
+def test_fits_a_line():
     model, records = regression(200)
     records = list(records)
     assert [r.step for r in records] == list(range(1, 201))
     assert records[-1].loss < 1e-3
     assert records[-1].seconds > records[0].seconds > 0
-    assert_close(model.weight, torch.tensor([[1.0, -2.0, 0.5]]), atol=0.02, rtol=0)
+    assert_close(model.weight, LINE.T, atol=0.02, rtol=0)
 
 
 def test_two_runs_are_equal():
@@ -75,28 +82,23 @@ def test_two_runs_are_equal():
 
 def test_the_steps_are_those_of_plain_pytorch():
     """AdamW, clipping and the learning rate written out, on the same batches."""
-    from minigen.data import endless_batches
-
     model, records = regression(20, clip=0.5, weight_decay=0.1)
-    plain = deepcopy(model)
-    torch.manual_seed(0)
-    nn.Linear(3, 1)
-    x = torch.randn(320, 3)
-    data = TensorDataset(x, x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3)
-    config = FitConfig(20, 32, lr=0.1, warmup=5)
-    optimizer = torch.optim.AdamW([{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias], "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95))
-    batches = endless_batches(data, 32, torch.Generator().manual_seed(0))
+    plain, config = deepcopy(model), FitConfig(steps=20, lr=0.1, warmup=5)
+    optimizer = torch.optim.AdamW(
+        [{"params": [plain.weight], "weight_decay": 0.1},
+         {"params": [plain.bias], "weight_decay": 0.0}], betas=(0.9, 0.95))
+    batches = endless_batches(points(), 32, torch.Generator().manual_seed(0))
     for record in records:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(record.step, config)
         value = mse(plain, next(batches))
         optimizer.zero_grad()
         value.backward()
-        assert record.norm == pytest.approx(nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item(), rel=1e-5)
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5).item()
         optimizer.step()
-        assert record.loss == pytest.approx(value.item(), rel=1e-5)
-    assert_close(model.state_dict(), plain.state_dict())
+        assert record.loss == pytest.approx(value.item(), rel=1e-3)
+        assert record.norm == pytest.approx(norm, rel=1e-3)
+    assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -104,20 +106,21 @@ def test_accumulated_batches_are_one_large_batch(accumulate):
     whole, one = regression(12)
     parts, several = regression(12, batch_size=32 // accumulate, accumulate=accumulate)
     for a, b in zip(one, several, strict=True):
-        assert a.loss == pytest.approx(b.loss, rel=1e-4) and a.norm == pytest.approx(b.norm, rel=1e-4)
-    assert_close(whole.weight, parts.weight)
+        assert (a.loss, a.norm) == pytest.approx((b.loss, b.norm), rel=1e-3)
+    assert_close(whole.weight, parts.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [4, 32])
 def test_a_loss_that_is_not_finite_stops_before_the_weights(batch_size, tmp_path):
-    model, records = regression(poison=77, folder=tmp_path, save_every=1, batch_size=batch_size, items=96)
-    with pytest.raises(FloatingPointError, match=r"at step (\d+) the loss is nan .*the last good state is .*state-0*\d+:") as stopped:
+    model, records = regression(data=points(96, poison=77), folder=tmp_path,
+                                save_every=1, batch_size=batch_size)
+    done = 0
+    with pytest.raises(FloatingPointError) as stopped:  # noqa: PT012
         for record in records:
-            before = deepcopy(model.state_dict())
-    named = [int(n) for n in re.findall(r"at step (\d+) .*state-0*(\d+):", str(stopped.value))[0]]
-    assert named == [record.step + 1, record.step]
+            done, before = record.step, deepcopy(model.state_dict())
+    assert re.search(rf"at step {done + 1} the loss is nan .*the last good state is "
+                     rf".*state-0*{done}:", str(stopped.value))
     assert_close(model.state_dict(), before, rtol=0, atol=0)
-    assert model.weight.isfinite().all()
 
 
 def test_a_gradient_that_is_not_finite_stops_too():
@@ -126,8 +129,9 @@ def test_a_gradient_that_is_not_finite_stops_too():
     def loss(model, batch):  # finite, with an infinite slope
         return model(batch[0]).sum() * 0 + (model.weight * 0).sum().abs().sqrt()
 
-    with pytest.raises(FloatingPointError, match="its gradient nan long"):
-        list(fit(model, TensorDataset(torch.ones(4, 2)), loss, FitConfig(3, 2)))
+    with pytest.raises(FloatingPointError, match="norm of its gradient nan"):
+        list(fit(model, TensorDataset(torch.ones(4, 2)), loss,
+                 FitConfig(steps=3, batch_size=2)))
     assert model.weight.isfinite().all()
 
 
@@ -137,170 +141,220 @@ def test_learning_rate():
     assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
     assert max(rates) == rates[9] == 2.0
     assert rates[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(rates[9:], rates[10:]))
+    assert rates[9:] == sorted(set(rates[9:]), reverse=True)
 
 
 def test_decay_is_for_matrices_only():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model[1].bias.requires_grad_(False)
-    decayed, spared = decay_groups(model, 0.5)
-    assert [p.ndim for p in decayed["params"]] == [2] and [p.ndim for p in spared["params"]] == [1, 1]
+    groups = decay_groups(model, 0.5)
+    assert [[p.ndim for p in group["params"]] for group in groups] == [[2], [1, 1]]
     before = {name: p.clone() for name, p in model.named_parameters()}
-    list(fit(model, [torch.zeros(4)], lambda m, b: m(b).sum() * 0, FitConfig(1, 1, lr=0.1, warmup=0, weight_decay=0.5)))
+    list(fit(model, [torch.zeros(4)], lambda m, b: m(b).sum() * 0, FitConfig(
+        steps=1, batch_size=1, lr=0.1, warmup=0, weight_decay=0.5)))
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (p.ndim == 1)
 
 
-def test_the_average_follows_the_weights():
+# ---- averaged weights
+
+
+def test_the_average_warms_up():
+    """Its decay is min(ema, n / (n + 10)) at step n, from its first step on."""
     torch.manual_seed(0)
-    average = nn.Linear(3, 1)  # the same as the model's, by the same seed
-    model, records = regression(30, average=average, ema=0.5)
-    expected, trained = deepcopy(average.state_dict()), []
+    ema_model = nn.Linear(3, 1)  # the same as the model's, by the same seed
+    model, records = regression(30, ema_model=ema_model, ema=0.6)
+    expected = deepcopy(ema_model.state_dict())
     for record in records:
-        decay = min(0.5, record.step / (record.step + 10))
-        expected = {name: decay * w + (1 - decay) * model.state_dict()[name] for name, w in expected.items()}
-        trained.append(model.weight.clone())
-    assert_close(average.state_dict(), expected)
-    assert not torch.equal(average.weight, model.weight)
+        decay = min(0.6, record.step / (record.step + 10))
+        for name, weight in model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+        assert_close(ema_model.state_dict(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_average_takes_over_buffers():
+def test_an_average_has_averaged_buffers_and_copied_counters():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    average = deepcopy(model)
-    data = TensorDataset(torch.randn(16, 3), torch.randn(16, 1))
-    list(fit(model, data, mse, FitConfig(3, 4), average=average))
-    assert average[1].num_batches_tracked == 3
-    assert torch.equal(average[1].running_mean, model[1].running_mean)
+    model.append(model[0])  # a tied layer is averaged once
+    ema_model = deepcopy(model)
+    before = deepcopy(model.state_dict())
+    with torch.no_grad():
+        for number in [*model.parameters(), *model.buffers()]:
+            number += 8
+    update_ema(ema_model, model, 0.75)
+    for name, value in ema_model.state_dict().items():
+        step = 8 if name.endswith("num_batches_tracked") else 2
+        assert_close(value, before[name] + step)
 
 
-def test_looks_are_marked_and_logged_with_what_the_caller_found(tmp_path):
-    model, records = regression(8, folder=tmp_path, look_at=(2, 5))
+# ---- evaluation and the log
+
+
+def test_evaluations_are_marked_and_logged_with_what_the_caller_found(tmp_path):
+    model, records = regression(8, folder=tmp_path, eval_steps=(2, 5))
     seen = []
     for record in records:
         assert model.training
-        if record.look:
+        if record.evaluate:
             model.eval()  # as an evaluation may leave it
             record.metrics["val_loss"] = 10.0 * record.step
             seen.append(record.step)
     assert seen == [2, 5, 8]
     log = read_log(tmp_path)
-    assert [line["step"] for line in log] == list(range(1, 9)) and log[4]["val_loss"] == 50.0 and "val_loss" not in log[3]
-    history = looks(log)
-    assert [h["step"] for h in history] == seen and set(history[0]) == {"step", "train_loss", "val_loss"}
-    assert history[1]["train_loss"] == pytest.approx(sum(log[n]["loss"] for n in (2, 3, 4)) / 3)
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert [line.get("val_loss") for line in log[3:5]] == [None, 50.0]
+    history = eval_history(log)
+    assert [h["step"] for h in history] == seen
+    assert set(history[0]) == {"step", "train_loss", "val_loss"}
+    mean = sum(log[n]["loss"] for n in (2, 3, 4)) / 3
+    assert history[1]["train_loss"] == pytest.approx(mean)
+
+
+def test_evaluate_counts_each_item_once():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
+    data = points(7)
+    value = mse(model.eval(), data.tensors).item()
+    model.train()
+    assert evaluate(model, data, mse, 3) == pytest.approx(value)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluate_seeds_a_loss_that_draws():
+    """Without touching the generators that training draws from."""
+    model, data, before = nn.Linear(3, 1), points(7), torch.get_rng_state()
+
+    def loss(model, batch, generator=None):
+        noise = torch.randn(len(batch[0]), 1, generator=generator)
+        return (model(batch[0]) - batch[1] + noise).square().mean()
+
+    first, second, other = (evaluate(model, data, loss, 3, seed) for seed in (0, 0, 1))
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), before)
+    list(fit(model, data, loss, FitConfig(steps=1, batch_size=2)))  # its own numbers
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_tensorboard_shows_each_step_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, records = regression(6, folder=tmp_path, save_every=2, tensorboard=True)
+    options = {"folder": tmp_path, "save_every": 2, "tensorboard": True}
     losses = {}
-    for record in records:
+    for record in (records := regression(6, **options)[1]):
         record.metrics["val_loss"] = 1.0
         losses[record.step] = record.loss
-        if record.step == 5:  # stopped after four logged and saved steps: the fifth is not logged yet
+        if record.step == 5:  # stopped before the fifth step is logged
             break
     records.close()
-    model = nn.Linear(3, 1)
-    torch.manual_seed(0)
-    nn.Linear(3, 1)
-    x = torch.randn(320, 3)
-    config = FitConfig(6, 32, lr=0.1, warmup=5, weight_decay=0.0, precision="float32", save_every=2, tensorboard=True)
-    for record in fit(model, TensorDataset(x, x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3), mse, config, folder=tmp_path, resume=True):
-        losses[record.step] = record.loss
+    losses |= {r.step: r.loss for r in regression(6, resume=True, **options)[1]}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(losses)
-    assert len(events.Scalars("loss")) == 6 and [e.step for e in events.Scalars("val_loss")] == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("val_loss")] == [1, 2, 3, 4]
+
+
+def test_progress_passes_records_on():
+    records = progress(regression(5)[1], 5, 32, "toy")
+    assert [r.step for r in records] == [1, 2, 3, 4, 5]
+
+
+# ---- precision and compilation
 
 
 def test_compiled_steps_are_the_same(monkeypatch):
-    compile_module = nn.Module.compile  # by the back end that needs no C++ compiler
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+    real = nn.Module.compile  # by the back end that needs no C++ compiler
+    monkeypatch.setattr(nn.Module, "compile", lambda m: real(m, backend="aot_eager"))
     (a, plain), (b, compiled) = regression(4), regression(4, compile=True)
-    assert [r.loss for r in compiled] == pytest.approx([r.loss for r in plain], rel=1e-5)
-    assert_close(a.state_dict(), b.state_dict())
-    assert list(b.state_dict()) == ["weight", "bias"]
+    losses = [r.loss for r in compiled]
+    assert losses == pytest.approx([r.loss for r in plain], rel=1e-3)
+    assert_close(a.state_dict(), b.state_dict(), rtol=1e-3, atol=1e-3)
 
 
-def test_bfloat16_is_in_the_forward_pass_only():
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_precision_is_that_of_the_forward_pass(precision):
     seen = []
 
     def loss(model, batch):
         seen.append(model(batch[0]).dtype)
         return mse(model, batch)
 
-    torch.manual_seed(0)
-    model, data = nn.Linear(3, 1), TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
-    list(fit(model, data, loss, FitConfig(2, 4, precision="bfloat16")))
-    assert seen == [torch.bfloat16] * 2 and model.weight.dtype == torch.float32
-    list(fit(model, data, loss, FitConfig(1, 4, precision="float32")))
-    assert seen[-1] == torch.float32
+    model = nn.Linear(3, 1)
+    list(fit(model, points(), loss, FitConfig(steps=1, precision=precision)))
+    assert seen == [getattr(torch, precision)]
+    assert model.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [dict(steps=0), dict(batch_size=0), dict(accumulate=0)])
-def test_numbers_below_one_are_refused(options):
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate"])
+def test_numbers_below_one_are_refused(name):
     with pytest.raises(ValueError, match="must be at least 1"):
-        FitConfig(**options)
+        FitConfig(**{name: 0})
 
 
-def test_evaluate_counts_each_item_once():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
-    data = TensorDataset(torch.randn(7, 3), torch.randn(7, 1))
-    assert evaluate(model, data, mse, 3) == pytest.approx(mse(model.eval(), data.tensors).item())
-    model.train()
-    evaluate(model, data, mse, 7)
-    assert model.training and all(p.grad is None for p in model.parameters())
+# ---- cross entropy in pieces
 
 
-# ---- the loss in pieces
+def plain_loss(hidden, weight, targets, weights=None, label_smoothing=0.0):
+    """PyTorch's cross entropy of all logits, for each of the targets."""
+    logits = (hidden @ weight.T).flatten(0, -2)
+    several = targets if targets.ndim == hidden.ndim else targets[..., None]
+    losses = sum(F.cross_entropy(logits, t.flatten(), reduction="none",
+                                 label_smoothing=label_smoothing)
+                 for t in several.unbind(-1)) / several.shape[-1]
+    if weights is None:
+        return losses.mean()
+    return (losses * weights.flatten()).sum() / weights.sum()
 
 
-def reference(hidden, weight, targets):
-    return F.cross_entropy((hidden @ weight.T).flatten(0, -2), targets.flatten())
+WEIGHTS = torch.arange(21.0).reshape(3, 7)
 
 
-@pytest.mark.parametrize("rows", [None, 1, 4, 7, 100])
-def test_linear_cross_entropy_is_cross_entropy(rows):
+@pytest.mark.parametrize("rows", [None, 1, 4, 100])
+@pytest.mark.parametrize(("k", "options"), [
+    ((), {}), ((), {"label_smoothing": 0.1}), ((), {"weights": WEIGHTS}),
+    ((), {"weights": WEIGHTS > 12}), ((3,), {}), ((1,), {"label_smoothing": 1.0}),
+    ((4,), {"label_smoothing": 0.3, "weights": WEIGHTS}),
+], ids=["plain", "smoothed", "weighted", "masked", "several", "one", "all"])
+def test_linear_cross_entropy_is_cross_entropy(k, options, rows):
     hidden = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(11, (3, 7))
-    ours = linear_cross_entropy(hidden, weight, targets, rows)
-    grads = torch.autograd.grad(3 * ours, (hidden, weight))
-    expected = torch.autograd.grad(3 * reference(hidden, weight, targets), (hidden, weight))
-    assert ours.item() == pytest.approx(reference(hidden, weight, targets).item(), rel=1e-6)
-    assert_close(grads, expected, rtol=1e-5, atol=1e-7)  # softmax and sum are in float32
+    targets = torch.randint(11, (3, 7, *k))
+    ours = linear_cross_entropy(hidden, weight, targets, rows=rows, **options)
+    theirs = plain_loss(hidden, weight, targets, **options)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    grads = (torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs))
+    assert_close(*grads, rtol=1e-4, atol=1e-6)  # softmax and sum are in float32
 
 
-def test_linear_cross_entropy_agrees_with_the_library():
-    hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(200, 16, requires_grad=True)
-    targets = torch.randint(200, (64,))
-    ours, theirs = linear_cross_entropy(hidden, weight, targets, 10), F.linear_cross_entropy(hidden, weight, targets)
-    assert_close(ours, theirs)
-    assert_close(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight)))
+def test_a_mask_of_nothing_gives_no_loss_and_no_gradient():
+    hidden = torch.randn(4, 5, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(9, 5), torch.randint(9, (4,)),
+                                weights=torch.zeros(4, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == hidden.grad.abs().max() == 0
 
 
 def test_linear_cross_entropy_without_a_gradient():
-    hidden, weight, targets = torch.randn(4, 5), torch.randn(9, 5), torch.randint(9, (4,))
+    hidden, weight, targets = torch.randn(4, 5), torch.randn(9, 5), torch.arange(4)
     assert not linear_cross_entropy(hidden, weight, targets).requires_grad
     weight.requires_grad_()
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, weight, targets).requires_grad
     linear_cross_entropy(hidden, weight, targets).backward()
-    assert_close(weight.grad, torch.autograd.grad(reference(hidden, weight, targets), weight)[0])
+    expected = torch.autograd.grad(plain_loss(hidden, weight, targets), weight)
+    assert_close(weight.grad, expected[0], rtol=1e-4, atol=1e-6)
 
 
 def test_linear_cross_entropy_in_bfloat16():
-    hidden, weight = torch.randn(32, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    targets = torch.randint(50, (32,))
+    hidden = torch.randn(32, 16, requires_grad=True)
+    weight, targets = torch.randn(50, 16, requires_grad=True), torch.randint(50, (32,))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, targets, 5)
+        ours = linear_cross_entropy(hidden, weight, targets, rows=5)
+    expected = plain_loss(hidden, weight, targets)
     assert ours.dtype == torch.float32
-    grads = torch.autograd.grad(ours, (hidden, weight))
-    assert [g.dtype for g in grads] == [torch.float32] * 2
-    expected = reference(hidden, weight, targets)
-    assert ours.item() == pytest.approx(expected.item(), rel=2e-2)
-    for a, b in zip(grads, torch.autograd.grad(expected, (hidden, weight))):
-        assert (a - b).norm() < 2e-2 * b.norm()
+    assert ours.item() == pytest.approx(expected.item(), rel=5e-2)
+    grads = (torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, expected))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 5e-2 * b.norm()
 
 
 def test_linear_cross_entropy_holds_only_a_piece_of_the_logits():
@@ -315,72 +369,115 @@ def test_linear_cross_entropy_holds_only_a_piece_of_the_logits():
                 largest.append(out.numel())
             return out
 
-    hidden, weight, targets = torch.randn(512, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True), torch.randint(1000, (512,))
+    hidden = torch.randn(512, 4, requires_grad=True)
+    weight, targets = torch.randn(1000, 4, requires_grad=True), torch.arange(512)
     with Sizes():
-        linear_cross_entropy(hidden, weight, targets, 32).backward()
+        linear_cross_entropy(hidden, weight, targets, rows=32).backward()
     assert max(largest) == 32 * 1000
 
 
-def test_linear_cross_entropy_of_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"hidden \(2, 5, 4\) and targets \(2, 4\)"):
-        linear_cross_entropy(torch.zeros(2, 5, 4), torch.zeros(9, 4), torch.zeros(2, 4, dtype=torch.int64))
+@pytest.mark.parametrize(("targets", "weights"), [((2, 4), None), ((2, 5), (2, 4)),
+                                                  ((2, 4, 3), None), ((10,), None)])
+def test_linear_cross_entropy_of_shapes_that_do_not_fit(targets, weights):
+    targets = torch.zeros(targets, dtype=torch.int64)
+    weights = None if weights is None else torch.zeros(weights)
+    with pytest.raises(ValueError, match=r"hidden \(2, 5, 4\), targets .* must agree"):
+        linear_cross_entropy(torch.zeros(2, 5, 4), torch.zeros(9, 4), targets,
+                             weights=weights)
 
 
-# ---- files
+# ---- checkpoints
 
 
-def test_progress_passes_records_on():
-    _, records = regression(5)
-    assert [r.step for r in progress(records, 5, 32, "toy")] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_checkpoint_round_trip(tmp_path, dtype):
-    model = PixelGPT(PixelGPTConfig(size=6, bits=2, depth=1, heads=2, dim=16)).eval()
+@pytest.fixture
+def saved(tmp_path):
+    """A small GPT in a folder of its own."""
+    model = GPT(GPTConfig(vocab_size=8, block_size=4, depth=1, heads=1, dim=4))
     state = torch.get_rng_state()
-    for _ in range(2):  # over an older one too
-        save_checkpoint(model, tmp_path / "run", dtype)
-    assert torch.equal(torch.get_rng_state(), state), "saving must not disturb the run"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
-    loaded = load_checkpoint(PixelGPT, tmp_path / "run")
-    tokens = torch.randint(64, (2, 36))
-    torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=0 if dtype is None else 1e-2)
-    assert next(loaded.parameters()).dtype == torch.float32
+    save_checkpoint(model, tmp_path / "gpt")
+    assert torch.equal(torch.get_rng_state(), state), "saving must not disturb a run"
+    return tmp_path / "gpt"
 
 
-def test_checkpoints_of_another_kind_are_refused(tmp_path):
-    save_checkpoint(GPT(GPTConfig(vocab_size=8, block_size=4, depth=1, heads=1, dim=4)), tmp_path / "gpt")
-    with pytest.raises(ValueError, match="holds a minigen.gpt.GPT, expected a PixelGPT"):
-        load_checkpoint(PixelGPT, tmp_path / "gpt")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no config.json"):
-        load_checkpoint(PixelGPT, tmp_path / "empty")
+def test_checkpoints_in_half_precision_load_as_float32(saved):
+    model = load(saved, GPT)
+    save_checkpoint(model, saved, torch.float16)  # over the older one
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json", "model.safetensors"]
+    stored = load_file(saved / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert_close(load(saved).state_dict(), model.state_dict(), atol=1e-2, rtol=1e-2)
 
 
-def test_checkpoints_of_a_newer_version_are_refused(tmp_path):
-    model = PixelGPT(PixelGPTConfig(size=6, bits=2, depth=1, heads=2, dim=16))
-    save_checkpoint(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    write_json(tmp_path / "config.json", config | {"registers": 4, "window": 2})
-    with pytest.raises(ValueError, match="has registers, window in its config.json, which the PixelGPTConfig of this version"):
-        load_checkpoint(PixelGPT, tmp_path)
-    del config["bias"]  # of an older version, which did not have it
-    write_json(tmp_path / "config.json", config)
-    assert load_checkpoint(PixelGPT, tmp_path).config.bias is False
+NAME = "transformer.norm.weight"
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda w: w.pop(NAME), f"{NAME} is missing"),
+    (lambda w: w.update({"old": w.pop(NAME)}),
+     f"old is not part of the model; {NAME} is missing"),
+    (lambda w: w.update(more=torch.zeros(1)), "more is not part of the model"),
+    (lambda w: w.update({NAME: torch.ones(5)}), rf"{NAME} has shape \(5,\), expected"),
+    (lambda w: w[NAME].fill_(torch.nan), f"{NAME} has values that are not finite"),
+    (lambda w: w[NAME].fill_(torch.inf), f"{NAME} has values that are not finite"),
+    (lambda w: w.clear(), r"is missing.* and \d+ more"),
+], ids=["missing", "renamed", "extra", "shape", "nan", "inf", "empty"])
+def test_weights_that_are_not_the_model_s_are_refused_by_name(change, message, saved):
+    weights = load_file(saved / "model.safetensors")
+    change(weights)
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"does not hold this model: .*{message}"):
+        load(saved)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError):
-        write_json(tmp_path / "a.json", {"x": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+def test_a_file_that_was_cut_is_refused(saved):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+        load(saved)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"registers": 4, "window": 2}, "has registers, window in its config.json, which "
+     "the GPTConfig of this version does not know"),
+    ({"model": "os.path.join"}, "expected the name of a model of minigen, found 'os."),
+    ({"model": "torch.nn.Linear"}, "expected the name of a model of minigen"),
+    ({"model": "minigen.gpt.Path"}, "has no model minigen.gpt.Path"),
+    ({"model": "minigen.gpt.sample"}, "has no model minigen.gpt.sample"),
+])
+def test_configurations_that_are_not_a_model_s_are_refused(changes, message, saved):
+    config = read_json(saved / "config.json")
+    write_json(saved / "config.json", config | changes)
+    with pytest.raises(ValueError, match=message):
+        load(saved)
+
+
+def test_what_a_checkpoint_lacks_and_what_it_is(saved):
+    config = read_json(saved / "config.json")
+    write_json(saved / "config.json", {k: v for k, v in config.items() if k != "bias"})
+    assert load(saved).config.bias is False  # of an older version, which had no bias
+    with pytest.raises(ValueError, match="holds a GPT, expected a PixelGPT"):
+        load(saved, PixelGPT)
+    write_json(saved / "config.json", {"dim": 4})
+    with pytest.raises(ValueError, match="was not written by minigen"):
+        load(saved)
+
+
+def test_models_load_by_the_name_of_a_run_of_a_chapter_and_of_a_folder(saved):
+    """And a name that is none of these lists what there is."""
+    flagship = read_json(checkpoints.SHIPPED / "flagships.json")["pixelgpt"]
+    assert find_checkpoint("pixelgpt") == find_checkpoint(flagship)
+    one, same = load("pixelgpt", PixelGPT), load(find_checkpoint(flagship))
+    assert_close(one.state_dict(), same.state_dict(), rtol=0, atol=0)
+    assert not one.training
+    assert find_checkpoint(saved) == find_checkpoint(str(saved)) == saved
+    for name in ("nowhere", saved.parent, "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"{name} is no checkpoint: .*one "
+                           f"of pixelgpt, .*, {flagship}"):
+            load(name)
+
+
+# ---- the machine, and what a run says of itself
 
 
 def test_device_of_a_process(monkeypatch):
@@ -410,72 +507,49 @@ def test_dtype_of_a_device_without_bfloat16(monkeypatch):
     assert pick_dtype(torch.device("cpu")) == torch.bfloat16
 
 
-def test_a_result_says_where_it_was_made():
-    about = describe_run(command="x", metrics={})
-    assert about["hardware"] and about["versions"]["torch"] == torch.__version__ and len(about["date"]) == 10
+def test_the_result_of_a_run(tmp_path):
+    config = replace(PRESETS["test"], width=4, eval_steps=(1,), out=tmp_path)
+    result = run("toy", config, PRESETS, build)
+    assert list(result) == [
+        "command", "script", "preset", "minutes", "seed", "dataset", "metrics",
+        "history", "config", "hardware", "commit", "date", "versions", "more"]
+    assert result["command"] == ("python -m minigen train toy --preset test "
+                                 "--eval-steps 1 --width 4")
+    assert [h["step"] for h in result["history"]] == [1, 2]
+    assert result["metrics"]["val_loss"] == result["history"][1]["val_loss"]
+    assert result["metrics"]["parameters"] == sum(
+        p.numel() for p in load(tmp_path).parameters())
+    assert result["config"] == asdict(config) | {
+        "out": str(tmp_path), "codes": "codes", "eval_steps": [1], "betas": [0.9, 0.95]}
+    assert describe_run(x=1)["versions"]["torch"] == torch.__version__
 
 
-def test_the_command_of_a_run_makes_it_again():
-    import tyro
-
-    from minigen.train.pixelgpt import PRESETS, Config
-
-    config = tyro.cli(Config, default=PRESETS["cpu"], args="--positions rowcol --sample-at 3 7 --lr 0.01 --out x".split())
-    command = command_line("pixelgpt", config, PRESETS["cpu"])
-    assert command.startswith("python -m minigen train pixelgpt --preset cpu ")
-    again = tyro.cli(Config, default=PRESETS["cpu"], args=command.split()[5:] + ["--out", "x"])
-    assert again == config
+def test_the_command_of_a_run_repeats_it():
+    options = "--eval-steps 3 7 --lr 0.01 --compile --width 5 --out x".split()
+    config = tyro.cli(Config, default=PRESETS["test"], args=options)
+    command = command_line("toy", config, PRESETS["test"])
+    assert command.startswith("python -m minigen train toy --preset test ")
+    again = command.split()[5:] + ["--out", "x"]
+    assert tyro.cli(Config, default=PRESETS["test"], args=again) == config
 
 
-@dataclass
-class ToyConfig(RunConfig):
-    """What a script makes of it: a field of its own, one of `FitConfig` that `RunConfig` lacks, and another default."""
-
-    width: int = 3
-    codes: Path = Path("codes")
-    clip: float = 0.5
-    steps: int = 6
-
-
-def test_a_recipe_takes_every_shared_field():
-    config = RunConfig("x", steps=7, batch_size=3, accumulate=2, lr=0.1, warmup=5, ema=0.5, precision="float32", compile=True,
-                       sample_at=(2, 4), save_every=9, workers=1, tensorboard=True, seed=11)
-    recipe = asdict(config.recipe())
-    shared = {field.name for field in fields(FitConfig)} & set(asdict(config))
-    assert shared == {"steps", "batch_size", "accumulate", "lr", "warmup", "ema", "precision", "compile", "save_every", "workers",
-                      "tensorboard", "seed"}
-    given = {name: asdict(config)[name] for name in shared} | {"look_at": (2, 4)}
-    assert all(value != getattr(FitConfig(), name) for name, value in given.items())
-    assert recipe == asdict(FitConfig()) | given
-    assert config.recipe(weight_decay=0.0, lr=0.2, look_at=()) == replace(config.recipe(), weight_decay=0.0, lr=0.2, look_at=())
+def test_a_script_s_config_has_the_fields_of_all_it_extends():
+    config = Config(width=5, seed=3)
+    assert (config.clip, FitConfig().clip) == (0.5, 1.0)
+    shape = config.select(GPTConfig, vocab_size=9)
+    assert shape == GPTConfig(vocab_size=9)
+    assert config.select(FitConfig, steps=7).seed == 3
     with pytest.raises(TypeError, match="wieght_decay"):
-        config.recipe(wieght_decay=0.0)
-    toy = ToyConfig("toy")
-    assert toy.preset == "toy" and (toy.recipe().clip, toy.recipe().steps) == (0.5, 6)
+        config.select(FitConfig, wieght_decay=0.0)
 
 
-def test_the_pictures_of_a_run(tmp_path):
-    config = RunConfig(train_images=6, val_images=3, seed=4)
-    train, val = config.dataset("train", 16), config.dataset("val", 16)
-    assert (len(train), len(val)) == (6, 3) and train[0].image.shape == (3, 16, 16)
+def test_the_images_of_a_run(tmp_path):
+    config = RunConfig(size=16, train_images=6, val_images=3, seed=4)
+    train, val = config.dataset("train"), config.dataset("val")
+    assert (len(train), len(val)) == (6, 3)
+    assert train[0].image.shape == (3, 16, 16)
     assert not torch.equal(train[0].image, val[0].image)
-    assert not torch.equal(train[0].image, replace(config, seed=5).dataset("train", 16)[0].image)
+    other = replace(config, seed=5).dataset("train")
+    assert not torch.equal(train[0].image, other[0].image)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        replace(config, data=str(tmp_path / "nowhere")).dataset("val", 16)
-
-
-def test_the_end_of_a_run(tmp_path):
-    config = ToyConfig("test", width=5, save_every=2, sample_at=(2,), out=tmp_path)
-    _, records = regression(config.steps, folder=tmp_path, save_every=config.save_every, look_at=config.sample_at)
-    for record in records:
-        if record.look:
-            record.metrics["score"] = record.step
-    assert list(tmp_path.glob("state-*"))
-    result = finish_run("toy", config, {"test": ToyConfig("test")}, {"score": 1}, drift=[1, 2])
-    assert result == json.loads((tmp_path / "result.json").read_text()) | {"config": result["config"]}
-    assert list(result) == ["command", "script", "preset", "minutes", "seed", "dataset", "metrics", "config", "history", "drift",
-                            "hardware", "commit", "date", "versions"]
-    assert result["command"] == "python -m minigen train toy --preset test --sample-at 2 --save-every 2 --width 5"
-    assert [look["score"] for look in result["history"]] == [2, 6] and result["metrics"] == {"score": 1} and result["drift"] == [1, 2]
-    assert result["config"] == asdict(config) | {"out": str(tmp_path), "codes": "codes"}
-    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "result.json"}
+        replace(config, data=str(tmp_path / "nowhere")).dataset("val")

@@ -1,173 +1,126 @@
-"""A run that has nothing to do with pictures, for `test_training.py` to start, kill and launch on several processes.
+"""Runs for the tests to start, to kill, and to launch on several processes.
 
-    python tests/toy.py FOLDER [--steps N] [--resume] [--average] ...
+    python tests/toy.py FOLDER [--steps N] [--resume] ...
 
-It prints one JSON line a step, and at its end writes every tensor of the model (and of its average) to FOLDER/end.pt. With
-`--kills SEED` it starts itself again and again, each time to be killed at a random moment, until a run comes to its end.
+is a run of `fit`, which prints [step, loss, norm] after each step and at its end writes
+every tensor to FOLDER/end.pt. With `--task` it is one of `minigen.runs.run` instead.
+With `--kills SEED` it is killed ten times, at random steps and file operations.
 
     python tests/toy.py serve
 
-reads such command lines, as JSON lists behind the file to print to, and runs each in a fork of this process, which has the slow
-imports behind it.
+reads such command lines, as JSON lists behind the file to print to, and runs each in a
+fork of this process, which has the slow imports behind it.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
-import math
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
-import time
 import traceback
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch._dynamo  # which the optimizer would import
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from minigen import training
-from minigen.training import FitConfig, fit, is_main_process
+from minigen.devices import is_main_process
+from minigen.gpt import GPT, GPTConfig
+from minigen.runs import TINY, RunConfig, Task, presets
+from minigen.runs import run as run_task
+from minigen.training import FitConfig, fit
 
-
-def model(dropout=0.0):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 1))
-
-
-def data(items=96, poison=None):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(items, 3, generator=generator)
-    y = (x @ torch.tensor([[1.0], [-2.0], [0.5]])).sin() + 0.3
-    if poison is not None:
-        y[poison] = math.nan
-    return TensorDataset(x, y)
-
-
-def loss(model, batch):
-    x, y = batch
-    noise = np.random.rand() * 1e-3  # from NumPy's global generator, so that its state matters
-    return (model(x + noise) - y).square().mean()
+KILLS, STEPS = 10, 150  # a killed attempt makes at most 12 steps
+NUMBERS = {"steps": 40, "batch_size": 8, "accumulate": 1, "save_every": 5, "seed": 0,
+           "kill_after": 0, "kill_before": 0, "disk_full_after": 0}
+FLAGS = ("resume", "overwrite", "ema", "sharded", "task")
 
 
 def main(arguments):
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    for name, default in dict(steps=40, batch_size=8, accumulate=1, save_every=5, kill_after=0, disk_full_after=0).items():
+    for name, default in NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--kill-at", help="SIGKILL at a call: os:replace:2 is before the second renaming of a state")
     parser.add_argument("--kills", type=int, help="the seed of many kills")
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--norm", choices=["batch", "none"], default="batch")
-    for name in ("resume", "average", "sharded"):
+    for name in FLAGS:
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(arguments)
-    if options.kills is None:
-        run(options)
+    if options.kills is not None:
+        run_and_kill(options)
+    elif options.task:
+        kill_before(options.kill_before)
+        run_task("toy", replace(
+            PRESETS["test"], out=options.folder, seed=options.seed,
+            resume=options.resume, overwrite=options.overwrite), PRESETS, build)
     else:
-        print(run_and_kill(options), "kills")
+        run(options)
+
+
+# ---- a run of `fit`
+
+
+def data(items=96):
+    x = torch.randn(items, 3, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, (x @ torch.tensor([[1.0], [-2.0], [0.5]])).sin() + 0.3)
+
+
+def loss(model, batch):
+    x, y = batch
+    noise = np.random.rand() * 1e-3  # so that the state of NumPy's generator matters
+    return (model(x + noise) - y).square().mean()
 
 
 def run(options):
     """Train to the end, or until killed."""
     np.random.seed(0)
-    net = model(options.dropout)
-    if options.norm == "none":  # statistics of a batch differ where the batch is divided
-        net[2] = nn.Identity()
-    average = deepcopy(net) if options.average else None
-    config = FitConfig(options.steps, options.batch_size, options.accumulate, lr=0.01, warmup=5, save_every=options.save_every,
-                       look_at=(10, 20), precision=options.precision)
-    if options.kill_at:
-        kill_before(*options.kill_at.split(":"))
+    torch.manual_seed(0)
+    # statistics of a batch would differ where processes share the batch
+    norm = nn.BatchNorm1d(16) if options.norm == "batch" else nn.Identity()
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), norm, nn.Dropout(options.dropout),
+                        nn.Linear(16, 1))
+    ema_model = deepcopy(net) if options.ema else None
+    config = FitConfig(
+        steps=options.steps, batch_size=options.batch_size, lr=0.01, warmup=5,
+        accumulate=options.accumulate, save_every=options.save_every,
+        eval_steps=(10, 20), precision=options.precision)
+    kill_before(options.kill_before)
     if options.sharded:
         shard()
-    records = fit(net, data(), loss, config, average=average, folder=options.folder, resume=options.resume)
-    for record in records:
-        if record.look:
-            record.metrics["drawn"] = float(torch.rand(()))  # looking draws from the same generator as dropout
+    done = 0
+    for record in fit(net, data(), loss, config, ema_model=ema_model,
+                      folder=options.folder, resume=options.resume):
+        done += 1
+        if record.evaluate:  # draws from the generator that dropout draws from
+            record.metrics["drawn"] = float(torch.rand(()))
         if is_main_process():
             print(json.dumps([record.step, record.loss, record.norm]), flush=True)
-        if record.step == options.kill_after:
+        if done == options.kill_after:
+            with open(options.folder / "log.jsonl", "a") as log:
+                log.write('{"step": ')  # half a line
             os.kill(os.getpid(), signal.SIGKILL)
-        if record.step == options.disk_full_after:  # no file may grow beyond this any more
+        if record.step == options.disk_full_after:  # no file may grow beyond this
             resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
     if is_main_process():
-        torch.save({"model": net.state_dict(), "average": average and average.state_dict()}, options.folder / "end.pt")
+        end = {"model": net.state_dict(), "ema": ema_model and ema_model.state_dict()}
+        torch.save(end, options.folder / "end.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def serve():
-    """Run each command line that comes in, and answer with its exit status."""
-    for line in sys.stdin:
-        output, *arguments = json.loads(line)
-        child = os.fork()
-        if not child:
-            finish(lambda: main(arguments), output)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def finish(function, output):
-    """Call `function`, what it prints going to the file `output`, and end this process."""
-    status, file = 1, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    try:
-        function()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def run_and_kill(options):
-    """Start runs in forks of this process, which has all imports behind it, and kill each at a random moment: how many it took."""
-    moments = random.Random(options.kills)
-    for kills in itertools.count():
-        child = os.fork()
-        if not child:
-            options.resume = True
-            finish(lambda: run(options), "/dev/null")
-        time.sleep(moments.uniform(0.0, 0.4))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            return kills
-        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            raise SystemExit(f"a run failed by itself after {kills} kills")
-
-
-def kill_before(where, name, number):
-    """SIGKILL this process when `where.name` is called for the `number`-th time about a state."""
-    module = {"os": os, "torch": torch, "shutil": shutil, "training": training}[where]
-    real, calls = getattr(module, name), []
-
-    def deadly(*arguments, **options):
-        if "state-" in " ".join(map(str, arguments[:2])) or name == "save":
-            calls.append(1)
-            if len(calls) == int(number):
-                if name == "save":  # half of the file is there
-                    arguments[1].write(b"half a state")
-                    arguments[1].flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
-
-    setattr(module, name, deadly)
-
-
 def shard():
-    """Let `accelerate` divide the model as FSDP does on GPUs, here on processors by torch's own `fully_shard`."""
+    """Let torch's `fully_shard` on processors stand in for accelerate's FSDP."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedType
     from torch.distributed.device_mesh import init_device_mesh
@@ -188,10 +141,110 @@ def shard():
         accelerator.prepare = prepare
         accelerator.state.distributed_type = DistributedType.FSDP
         Accelerator.no_sync = lambda self, model: contextlib.nullcontext()
-        accelerator.clip_grad_norm_ = lambda parameters, clip: nn.utils.clip_grad_norm_(parameters, clip)
+        accelerator.clip_grad_norm_ = nn.utils.clip_grad_norm_
         return accelerator
 
     training.start_accelerator = start_sharded
+
+
+# ---- a run of `minigen.runs.run`
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    """A script's: fields of its own, and another default of one of `FitConfig`."""
+
+    width: int = 8
+    codes: Path = Path("codes")
+    clip: float = 0.5
+
+
+PRESETS = presets(Config, test=TINY | {
+    "steps": 2, "save_every": 2, "eval_steps": (), "ema": 0.9})
+
+
+def build(config, device):
+    shape = GPTConfig(vocab_size=8, block_size=4, depth=1, heads=1, dim=config.width)
+    tokens = torch.randint(8, (16, 5), generator=torch.Generator().manual_seed(0))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:])
+
+    return Task(model=GPT(shape).to(device), data=list(tokens), val=list(tokens[:8]),
+                loss=loss, evaluate=lambda model, step: {"drawn": torch.rand(1).item()},
+                summarize=lambda model, last: {"twice": (1, 2), "extra": {"more": 3}},
+                parts_per_image=4, settings={"codes": config.codes})
+
+
+# ---- kills
+
+
+def kill_before(number):
+    """SIGKILL this process before its file operation of this number, if not 0."""
+    if not number:
+        return
+    calls = []
+
+    def deadly(module, name):
+        real = getattr(module, name)
+
+        def operation(*arguments, **options):
+            calls.append(name)
+            if len(calls) == number:
+                if name == "save":
+                    arguments[1].write(b"half a state")
+                    arguments[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        setattr(module, name, operation)
+
+    for name in ("replace", "rename", "unlink", "rmdir", "fsync"):
+        deadly(os, name)
+    deadly(torch, "save")
+
+
+def run_and_kill(options):
+    """Kill a run as often as `KILLS` says, in forks, and then let it end."""
+    chance = random.Random(options.kills)
+    options.resume = True
+    for _ in range(KILLS):
+        child = os.fork()
+        options.kill_after, options.kill_before = chance.choice(
+            [(chance.randint(1, 10), 0), (0, chance.randint(1, 60))])
+        if not child:
+            finish(lambda: run(options), "/dev/null")
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != -signal.SIGKILL:
+            raise SystemExit(f"a run was to be killed and ended with status {status}")
+    options.kill_after = options.kill_before = 0
+    run(options)
+
+
+def serve():
+    """Run each command line that comes in, and answer with its exit status."""
+    for line in sys.stdin:
+        output, *arguments = json.loads(line)
+        child = os.fork()
+        if not child:
+            finish(lambda arguments=arguments: main(arguments), output)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def finish(function, output):
+    """Call `function`, printing to the file `output`, and end this process."""
+    status, file = 1, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this book adds to Sphinx: clean notebook pages, the table of results and the list of modules."""
+"""What this book adds to Sphinx: clean notebooks, tables of results, the modules."""
 
 import json
 import re
@@ -9,16 +9,18 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(\w*).*$", re.M)
 
 
 def clean_notebook(notebook: dict) -> dict:
-    """The notebook as a reader sees it: no `#| export` lines, no cell that holds nothing else.
+    """The notebook as a reader sees it: without `#| export` and cells of nothing else.
 
-    A cell with `#| hide`, and the one that installs the package on Colab, still run and are not shown.
+    A cell with `#| hide`, and the one that installs the package on Colab, are run and
+    not shown.
     """
     cells = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
             words = DIRECTIVE.findall(source)
-            code = "\n".join(line for line in source.splitlines() if not DIRECTIVE.match(line)).strip("\n")
+            lines = [line for line in source.splitlines() if not DIRECTIVE.match(line)]
+            code = "\n".join(lines).strip("\n")
             if not code:
                 continue
             cell["source"] = code
@@ -30,18 +32,23 @@ def clean_notebook(notebook: dict) -> dict:
 
 
 def results_tables() -> str:
-    """A section for each training script: a column for each of its runs in data/results, and how they were made."""
+    """A section for each training script, with a column for each of its results."""
     sections = []
-    for script in sorted(file.stem for file in (ROOT / "minigen" / "train").glob("*.py") if not file.stem.startswith("_")):
+    scripts = (ROOT / "minigen" / "train").glob("*.py")
+    for script in sorted(file.stem for file in scripts if file.stem[0] != "_"):
         files = sorted((ROOT / "data" / "results").glob(f"{script}-*.json"))
-        runs = {file.stem.removeprefix(f"{script}-"): json.loads(file.read_text()) for file in files}
+        runs = {file.stem.removeprefix(f"{script}-"): json.loads(file.read_text())
+                for file in files}
         names = dict.fromkeys(name for run in runs.values() for name in run["metrics"])
         rows = [["", *(f"`{name}`" for name in runs)], ["---", *["---:"] * len(runs)],
                 ["data", *(Path(run["dataset"]).name for run in runs.values())],
                 ["minutes", *(number(run["minutes"]) for run in runs.values())]]
-        rows += [[name.replace("_", " "), *(number(run["metrics"].get(name)) for run in runs.values())] for name in names]
+        rows += [[name.replace("_", " "),
+                  *(number(run["metrics"].get(name)) for run in runs.values())]
+                 for name in names]
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows) if runs else ""
-        made = [f"- `{name}`: `{run['command']}`, seed {run['seed']}, on {run['hardware']}\n" for name, run in runs.items()]
+        made = [f"- `{name}`: `{run['command']}`, seed {run['seed']}, on "
+                f"{run['hardware']}\n" for name, run in runs.items()]
         if not any(name.startswith("full") for name in runs):
             made.append("- preset `full`: not measured yet\n")
         sections.append(f"## {script}\n\n{table}\n{''.join(made)}")
@@ -49,43 +56,56 @@ def results_tables() -> str:
 
 
 def benchmark_tables() -> str:
-    """A Markdown table for each file of data/benchmarks, as `python -m minigen bench --json` wrote it."""
+    """A table for each file that `minigen bench --json` wrote to data/benchmarks."""
     tables = []
     for file in sorted((ROOT / "data" / "benchmarks").glob("*.json")):
         run = json.loads(file.read_text())
         rows = [f"`{run['command']}` on {run['hardware']}, {run['date']}\n",
-                "| Case | Measured | Target | Reached | |", "| --- | ---: | ---: | --- | --- |"]
+                "| Case | Measured | Target | Reached | |",
+                "| --- | ---: | ---: | --- | --- |"]
         for row in run["rows"]:
-            target = "" if row["target"] is None else f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}"
-            reached = {True: "yes", False: "**no**", None: ""}[row["reached"]]
-            cells = (row["case"], f"{number(row['value'])} {row['unit']}", target, reached, row["note"])
-            rows.append("| " + " | ".join(cells) + " |")
+            bound = "at least" if row["at_least"] else "at most"
+            target = "-" if row["target"] is None else f"{bound} {row['target']:g}"
+            reached = {True: "yes", False: "**no**", None: "-"}[row["reached"]]
+            measured = f"{number(row['value'])} {row['unit']}"
+            cells = (row["case"], measured, target, reached, row["note"])
+            rows.append(f"| {' | '.join(cells)} |")
         tables.append("\n".join(rows))
     return "\n\n".join(tables) or "Not measured yet."
 
 
 def number(value) -> str:
+    """A measured value for a table: four digits, nothing for None."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
 def module_list() -> str:
-    """One section for each module that a notebook exports, in the order of the chapters."""
-    found = []
-    for file in (ROOT / "minigen").glob("*.py"):
-        chapter = re.search(r"^# AUTOGENERATED.*?(\w+)\.ipynb", file.read_text(), re.M)
-        if chapter and not file.stem.startswith("_"):
-            found.append((chapter[1], file.stem))
-    return "\n".join(
-        f"## minigen.{name}\n\nWritten in {{doc}}`/nbs/{chapter}`.\n\n"
-        f"```{{eval-rst}}\n.. automodule:: minigen.{name}\n   :members:\n```\n"
-        for chapter, name in sorted(found)
-    )
+    """A section for each module: those of the chapters in order, then those by hand."""
+    chapters, by_hand = [], []
+    for file in sorted((ROOT / "minigen").glob("[!_]*.py")):
+        text = file.read_text()
+        if chapter := re.search(r"^# AUTOGENERATED.*?(\w+)\.ipynb", text, re.M):
+            chapters.append((chapter[1], file.stem))
+        else:
+            by_hand.append(file.stem)
+    sections = [section(name, f"Written in {{doc}}`/nbs/{chapter}`.")
+                for chapter, name in sorted(chapters)]
+    sections += ["## By hand\n\nThese modules hold what the chapters use without "
+                 "explaining it.\n"]
+    return "\n".join(sections + [section(name, "", "###") for name in by_hand])
+
+
+def section(name: str, about: str, level: str = "##") -> str:
+    """The documentation of one module."""
+    return (f"{level} minigen.{name}\n\n{about}\n\n"
+            f"```{{eval-rst}}\n.. automodule:: minigen.{name}\n   :members:\n```\n")
 
 
 GENERATED = {
-    "book/results": (("<!-- results -->", results_tables), ("<!-- benchmarks -->", benchmark_tables)),
+    "book/results": (("<!-- results -->", results_tables),
+                     ("<!-- benchmarks -->", benchmark_tables)),
     "book/api": (("<!-- modules -->", module_list),),
 }
 
@@ -99,26 +119,30 @@ def read_source(app, docname, source):
 
 
 def quiet_theme(app, config):
-    """Leave out what the theme and Jupyter Book bring along and this book does not use."""
+    """Leave out parts of the theme and of Jupyter Book that this book does not use."""
     # A second header above every page, unless its parts are emptied.
     empty = {f"navbar_{part}": [] for part in ("start", "center", "end", "persistent")}
-    config.html_theme_options = {**config.html_theme_options, **empty, "logo": {"text": "minigen"}}
+    options = empty | {"logo": {"text": "minigen"}}
+    config.html_theme_options = config.html_theme_options | options
     # Pages follow the reader's system, in the word that the theme's script knows.
-    config.html_context = {**config.html_context, "default_mode": "auto"}
-    # Thebe would run cells in a kernel elsewhere, and declares its address twice, an error on every page.
+    config.html_context = config.html_context | {"default_mode": "auto"}
+    # Thebe runs cells in a kernel elsewhere, and its address is an error on every page.
     for listeners in app.events.listeners.values():
-        listeners[:] = [each for each in listeners if not each.handler.__module__.startswith("sphinx_thebe")]
-    app.registry.css_files = [each for each in app.registry.css_files if "thebe" not in each[0]]
+        listeners[:] = [each for each in listeners
+                        if not each.handler.__module__.startswith("sphinx_thebe")]
+    styles = app.registry.css_files
+    app.registry.css_files = [each for each in styles if "thebe" not in each[0]]
 
 
 def skip_field(app, what, name, member, skip, options):
-    """A named tuple's fields are in its signature; Python's own words for them say nothing."""
-    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+    """A named tuple's fields are in its signature; Python's docstring adds nothing."""
+    text = getattr(member, "__doc__", None) or ""
+    return True if text.startswith("Alias for field number") else None
 
 
 def setup(app):
     app.connect("autodoc-skip-member", skip_field)
     app.connect("source-read", read_source)
     app.connect("config-inited", quiet_theme)
-    app.connect("env-get-outdated", lambda app, env, added, changed, removed: list(GENERATED))
+    app.connect("env-get-outdated", lambda *_: list(GENERATED))
     return {"parallel_read_safe": True}

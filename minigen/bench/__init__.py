@@ -1,8 +1,9 @@
-"""Benchmarks: `python -m minigen bench [NAME ...]`. A module here has `rows(quick) -> list[Row]`.
+"""Benchmarks: `python -m minigen bench [NAME ...]`.
 
-Every figure is a ratio within the run, of medians over repetitions that are taken alternately, so that a machine that
-slows down slows both sides. A repetition during which other processes took more than a tenth of the processors is
-taken again, a few times at most.
+A module here has `rows(quick) -> list[Row]`. Every figure is a ratio within one run, of
+medians over repetitions taken alternately, so that a machine that slows down slows both
+sides. If other processes used more than a tenth of the processors during a repetition,
+it is taken again, a few times at most.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from dataclasses import asdict, dataclass
 import psutil
 import torch
 
-from minigen.training import describe_run, hardware
+from minigen.devices import hardware
+from minigen.runs import describe_run
 
-BUSY = 0.1  # share of the processors that others may take during a repetition
+BUSY = 0.1  # share of the processors that others may use during a repetition
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 
@@ -34,9 +36,9 @@ class Row:
     case: str
     value: float
     unit: str  # x: a ratio
-    target: float | None = None
+    target: float | None = None  # None: none; `note` says why if others have one
     at_least: bool = True  # whether the value should be above the target, or below it
-    note: str = ""
+    note: str = ""  # "no target: this processor has no bf16 instructions"
 
     @property
     def reached(self) -> bool | None:
@@ -47,24 +49,26 @@ class Row:
 
 
 def seconds(function: Callable[[], object], repeat: int = 1) -> tuple[float, bool]:
-    """Seconds of one of `repeat` calls in a row, and whether the machine was quiet meanwhile."""
+    """Seconds for each of `repeat` calls, and whether the machine was quiet."""
     process = psutil.Process()
 
     def busy() -> float:
-        times = psutil.cpu_times()
-        own = process.cpu_times()
-        return sum(times) - times.idle - getattr(times, "iowait", 0) - own.user - own.system
+        times, own = psutil.cpu_times(), process.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0)
+        return sum(times) - idle - own.user - own.system
 
     others, start = busy(), time.perf_counter()
     for _ in range(repeat):
         function()
     elapsed = time.perf_counter() - start
     share = (busy() - others) / (elapsed * psutil.cpu_count())
-    return elapsed / repeat, share <= BUSY or elapsed < 0.2  # clocks of 10 ms say nothing of shorter times
+    # The system counts in units of 10 ms, too coarse for shorter times.
+    return elapsed / repeat, share <= BUSY or elapsed < 0.2
 
 
-def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5, repeat: int = 1) -> dict[str, float]:
-    """The median seconds of each function, over repetitions taken alternately after one warm-up each."""
+def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5,
+            repeat: int = 1) -> dict[str, float]:
+    """The median seconds of each function; each is called once before for warm-up."""
     for function in functions.values():
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
@@ -79,39 +83,54 @@ def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5, re
 
 
 def alone(module: str, *arguments) -> float:
-    """The number that `python -m module arguments` prints, as of memory, which only a new process can measure."""
-    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, check=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    """The number that `python -m module arguments` prints, such as its memory."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     return json.loads(done.stdout)
 
 
 def highest_memory() -> int:
     """The most bytes that this process has held."""
-    if os.path.exists("/proc/self/status"):  # where `ru_maxrss` counts the process that started this one, too
+    if os.path.exists("/proc/self/status"):  # `ru_maxrss` counts the parent's, too
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            return next(int(line.split()[1]) * 1024 for line in status
+                        if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(arguments: list[str]) -> None:
-    """Run the named benchmarks, all of them without a name, and print one table or JSON."""
+    """Run the named benchmarks, or all of them, and print one table or JSON."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    parser = argparse.ArgumentParser("minigen bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run: {', '.join(names)}; all without a name")
-    parser.add_argument("--quick", action="store_true", help="shorter sequences and fewer repetitions")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines instead of the table")
+    parser = argparse.ArgumentParser(
+        "minigen bench", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help=f"which to run: {', '.join(names)}; all without a name")
+    parser.add_argument("--quick", action="store_true",
+                        help="shorter sequences and fewer repetitions")
+    parser.add_argument("--json", action="store_true",
+                        help="print JSON instead of the table")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
-        raise ValueError(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick) for name in options.names or names}
+        raise ValueError(f"there is no benchmark {', '.join(sorted(unknown))}: choose "
+                         f"from {', '.join(names)}")
+    table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick)
+             for name in options.names or names}
     if options.json:
-        rows = [asdict(row) | {"reached": row.reached, "benchmark": name} for name, found in table.items() for row in found]
-        command = " ".join(["python -m minigen bench", *arguments])
-        print(json.dumps(describe_run(command=command, quick=options.quick) | {"rows": rows}, indent=1))
+        rows = [asdict(row) | {"reached": row.reached, "benchmark": name}
+                for name, found in table.items() for row in found]
+        about = describe_run(command=" ".join(["python -m minigen bench", *arguments]),
+                             quick=options.quick)
+        print(json.dumps(about | {"rows": rows}, indent=1))
         return
     print(f"{hardware()}, torch {torch.__version__}")
     for name, found in table.items():
         for row in found:
-            target = "" if row.target is None else f"{'>=' if row.at_least else '<='} {row.target:g}"
+            sign = ">=" if row.at_least else "<="
+            target = "" if row.target is None else f"{sign} {row.target:g}"
             mark = {True: "yes", False: "NO", None: ""}[row.reached]
-            print(f"{name:9} {row.case:58} {row.value:10.3g} {row.unit:9} {target:9} {mark:4} {row.note}")
+            print(f"{name:9} {row.case:58} {row.value:10.3g} {row.unit:9} {target:9} "
+                  f"{mark:4} {row.note}".rstrip())

@@ -1,4 +1,5 @@
-"""How fast chapter 3 draws and trains: against the document's own loop, plain PyTorch, and chapter 1."""
+"""How fast chapter 3 draws and trains, against the document's loop, plain PyTorch and
+chapter 1."""
 
 import torch
 import torch.nn.functional as F
@@ -9,43 +10,50 @@ from minigen.patchgpt import PatchGPT, PatchGPTConfig
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig
 from minigen.training import decay_groups
 
-SIZE, PATCHES, VALUES = 64, 256, 48  # of a picture in patches of 4 x 4
+SIZE, PATCHES, VALUES = 64, 256, 48  # of an image in patches of 4 x 4
 
 
 class DocumentPatchGPT(nn.Module):
     """The model as the document gives it, slips included."""
 
-    def __init__(self, input_dim: int = VALUES, seq_len: int = PATCHES, dim: int = 512, heads: int = 8, depth: int = 6):
+    def __init__(self, input_dim=VALUES, seq_len=PATCHES, dim=512, heads=8, depth=6):
         super().__init__()
         self.token_embed = nn.Linear(input_dim, dim)
         self.pos_embed = nn.Parameter(torch.randn(1, seq_len, dim))
+        layer = nn.TransformerEncoderLayer(d_model=dim, nhead=heads)
         self.transformer = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(d_model=dim, nhead=heads), num_layers=depth, enable_nested_tensor=False  # quiet, no more
-        )
+            layer, num_layers=depth, enable_nested_tensor=False)  # which only warns
         self.output_proj = nn.Linear(dim, input_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_proj(self.transformer(self.token_embed(x) + self.pos_embed[:, : x.shape[1]]))
+        x = self.token_embed(x) + self.pos_embed[:, : x.shape[1]]
+        return self.output_proj(self.transformer(x))
 
 
 class PlainPatchGPT(nn.Module):
-    """Our transformer with `mse`, built from PyTorch's own layers."""
+    """Our transformer with the head `mse`, built from PyTorch's own layers."""
 
     def __init__(self, config: PatchGPTConfig):
         super().__init__()
         self.embed = nn.Linear(VALUES, config.dim)
         self.start = nn.Parameter(torch.zeros(config.dim))
         self.positions = nn.Parameter(torch.zeros(PATCHES, config.dim))
-        layer = nn.TransformerEncoderLayer(config.dim, config.heads, 4 * config.dim, 0.0, "gelu", batch_first=True, norm_first=True,
-                                           bias=False)
-        self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(config.dim, bias=False), enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            config.dim, config.heads, 4 * config.dim, 0.0, "gelu", batch_first=True,
+            norm_first=True, bias=False)
+        self.encoder = nn.TransformerEncoder(
+            layer, config.depth, nn.LayerNorm(config.dim, bias=False),
+            enable_nested_tensor=False)
         self.out = nn.Linear(config.dim, VALUES)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(PATCHES))
+        mask = nn.Transformer.generate_square_subsequent_mask(PATCHES)
+        self.register_buffer("mask", mask)
 
     def forward(self, patches: Tensor) -> Tensor:
-        x = torch.cat([self.start.expand(len(patches), 1, -1), self.embed(2 * patches - 1)], dim=1)
+        start = self.start.expand(len(patches), 1, -1)
+        x = torch.cat([start, self.embed(2 * patches - 1)], dim=1)
         T = x.shape[1]
-        return self.out(self.encoder(x + self.positions[:T], mask=self.mask[:T, :T], is_causal=True))
+        x = x + self.positions[:T]
+        return self.out(self.encoder(x, mask=self.mask[:T, :T], is_causal=True))
 
     @torch.no_grad()
     def copy(self, model: PatchGPT) -> "PlainPatchGPT":
@@ -53,13 +61,14 @@ class PlainPatchGPT(nn.Module):
         self.embed.load_state_dict(model.embed.state_dict())
         self.out.load_state_dict(model.head.out.state_dict())
         self.start.copy_(model.start)
-        self.positions.copy_(model.transformer.positions(torch.arange(PATCHES)))
+        self.positions.copy_(model.transformer.positions(0, PATCHES))
         self.encoder.norm.weight.copy_(model.transformer.norm.weight)
-        for theirs, ours in zip(self.encoder.layers, model.transformer.blocks):
+        blocks = model.transformer.blocks
+        for theirs, ours in zip(self.encoder.layers, blocks, strict=True):
             theirs.self_attn.in_proj_weight.copy_(ours.attention.qkv.weight)
             theirs.self_attn.out_proj.weight.copy_(ours.attention.proj.weight)
-            theirs.linear1.weight.copy_(ours.mlp[0].weight)
-            theirs.linear2.weight.copy_(ours.mlp[2].weight)
+            theirs.linear1.weight.copy_(ours.mlp.up.weight)
+            theirs.linear2.weight.copy_(ours.mlp.down.weight)
             theirs.norm1.weight.copy_(ours.norm1.weight)
             theirs.norm2.weight.copy_(ours.norm2.weight)
         return self
@@ -70,7 +79,8 @@ class Step:
 
     def __init__(self, model: nn.Module, patches: Tensor):
         self.model, self.patches = model, patches
-        self.optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-4, fused=True)
+        groups = decay_groups(model, 0.1)
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
     def __call__(self) -> None:
         F.mse_loss(self.model(self.patches[:, :-1]), self.patches).backward()
@@ -80,55 +90,78 @@ class Step:
 
 
 @torch.inference_mode()
-def document_seconds(model: DocumentPatchGPT, pictures: int, windows: int, repetitions: int) -> float:
-    """Seconds in which the document's loop draws: steps timed at evenly spaced lengths, integrated by the trapezoidal rule."""
+def document_seconds(
+    model: DocumentPatchGPT, images: int, windows: int, repetitions: int
+) -> float:
+    """Seconds in which the document's loop draws.
+
+    Steps are timed at evenly spaced lengths and integrated by the trapezoidal rule.
+    """
     lengths = torch.linspace(1, PATCHES - 1, windows).long().tolist()
-    steps = {n: (lambda x=torch.rand(pictures, n, VALUES): model(x)[:, -1:]) for n in lengths}
+    inputs = {n: torch.rand(images, n, VALUES) for n in lengths}
+    steps = {n: (lambda x=x: model(x)[:, -1:]) for n, x in inputs.items()}
     times = medians(steps, repetitions)
-    return torch.trapezoid(torch.tensor([times[n] for n in lengths]), torch.tensor(lengths, dtype=torch.float)).item()
+    times = torch.tensor([times[n] for n in lengths])
+    return torch.trapezoid(times, torch.tensor(lengths, dtype=torch.float)).item()
 
 
 @torch.inference_mode()
 def cached_outputs(model: PatchGPT, patches: Tensor) -> Tensor:
-    """What `model(patches)` gives, one patch after the other through the cache; for `above=False`."""
+    """What `model(patches)` gives, one patch after the other through the cache."""
     cache = model.transformer.cache(len(patches))
-    hidden = [model.hidden(patches[:, :0], cache)[:, 0]]
-    hidden += [model.transformer.transform_one(model.read(patch, patch), cache) for patch in patches.unbind(1)]
-    return model.head(torch.stack(hidden, dim=1))
+    hidden = [model.transformer(model.inputs(patches, p, p + 1), cache)
+              for p in range(patches.shape[1] + 1)]
+    return model.head(torch.cat(hidden, dim=1))
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Chapter 3's table; `quick` takes a model of width 128 and 2 layers instead of the document's size."""
+    """Chapter 3's table; `quick` takes 2 layers of width 128."""
     torch.manual_seed(0)
     dim, heads, depth = (128, 4, 2) if quick else (512, 8, 6)
     windows, repetitions = (4, 2) if quick else (9, 3)
     document = DocumentPatchGPT(dim=dim, heads=heads, depth=depth).eval()
-    config = PatchGPTConfig(dim=dim, heads=heads, depth=depth, above=False, positions="learned")
+    config = PatchGPTConfig(
+        dim=dim, heads=heads, depth=depth, above=False, positions="learned")
     model = PatchGPT(config).eval()
-    target = (lambda value: None) if quick else (lambda value: value)
     found = []
-    for pictures, least in ((1, 5), (8, 10)):
-        ours = medians({"ours": lambda n=pictures: model.draw(n)}, repetitions)["ours"]
-        theirs = document_seconds(document, pictures, windows, repetitions)
-        found.append(Row(f"{PATCHES} patches, {pictures} at once, cached against the document's loop", theirs / ours, "x", target(least),
-                         note=f"{ours:.2f} s against {theirs:.1f} s, the latter integrated from {windows} lengths"))
+    for images, target in ((1, 5), (8, 10)):
+        draw = {"ours": lambda n=images: model.generate_images(n)}
+        ours = medians(draw, repetitions)["ours"]
+        theirs = document_seconds(document, images, windows, repetitions)
+        found.append(Row(
+            f"{PATCHES} patches, {images} at once, cached against the document's loop",
+            theirs / ours, "x", None if quick else target,
+            note=f"{ours:.2f} s against {theirs:.1f} s, the latter integrated from "
+                 f"{windows} lengths"))
     plain = PlainPatchGPT(config).copy(model)
     patches = torch.rand(4 if quick else 8, PATCHES, VALUES)
     with torch.inference_mode():
         outputs = model(patches[:, :-1])
-        others = {"through the cache": cached_outputs(model, patches[:, :-1]), "of the same in plain PyTorch": plain(patches[:, :-1])}
+        others = {"through the cache": cached_outputs(model, patches[:, :-1]),
+                  "of the same in plain PyTorch": plain(patches[:, :-1])}
     for name, other in others.items():
-        found.append(Row(f"largest difference of the outputs to those {name}", (other - outputs).abs().max().item(), "", 1e-4, at_least=False))
-    time = medians({"ours": Step(model.train(), patches), "plain": Step(plain, patches)}, repetitions if quick else 7)
-    found.append(Row("training step, time against the same in plain PyTorch", time["ours"] / time["plain"], "x", target(1.1), at_least=False,
-                     note=f"{time['ours'] * 1e3:.0f} ms against {time['plain'] * 1e3:.0f} ms"))
+        found.append(Row(f"largest difference of the outputs to those {name}",
+                         (other - outputs).abs().max().item(), "", 1e-4, False))
+    steps = {"ours": Step(model.train(), patches), "plain": Step(plain, patches)}
+    time = medians(steps, repetitions if quick else 7)
+    found.append(Row(
+        "training step, time against the same in plain PyTorch",
+        time["ours"] / time["plain"], "x", None if quick else 1.1, at_least=False,
+        note=f"{time['ours'] * 1e3:.0f} ms against {time['plain'] * 1e3:.0f} ms"))
 
-    small = dict(dim=128, heads=4, depth=4)
+    small = {"dim": 128, "heads": 4, "depth": 4}
     size = SIZE // 2 if quick else SIZE
     pixels = PixelGPT(PixelGPTConfig(size=size, **small)).eval()
-    heads = {head: PatchGPT(PatchGPTConfig(height=size, width=size, head=head, **small)).eval() for head in ("mse", "gaussian", "logistic")}
-    draws = {head: lambda m=m: m.draw(1) for head, m in heads.items()}
-    time = medians(draws | {"pixels": lambda: pixels.draw(torch.zeros(1, 1, dtype=torch.int64))}, 1 if quick else 3)
-    found += [Row(f"a picture of {size} x {size} by {head}, against chapter 1's pixels, the same transformer", time["pixels"] / time[head], "x",
-                  note=f"{time[head]:.2f} s against {time['pixels']:.1f} s") for head in heads]
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    draws = {"pixels": lambda: pixels.generate_images(prompt)}
+    for head in ("mse", "gaussian", "logistic"):
+        model = PatchGPT(PatchGPTConfig(height=size, width=size, head=head, **small))
+        draws[head] = lambda model=model: model.generate_images(1)
+    time = medians(draws, 1 if quick else 3)
+    theirs = time.pop("pixels")
+    for head, ours in time.items():
+        found.append(Row(
+            f"an image of {size} x {size} by {head}, against chapter 1's pixels, the "
+            "same transformer", theirs / ours, "x",
+            note=f"{ours:.2f} s against {theirs:.1f} s"))
     return found

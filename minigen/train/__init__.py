@@ -1,1 +1,1 @@
-"""One thin training script a chapter: a dataclass of settings with named presets, `main(config)` and `sample(options)`."""
+"""Training scripts, one per chapter: a config, presets, `build`, and `sample`."""

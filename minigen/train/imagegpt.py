@@ -1,8 +1,8 @@
-"""Train the GPT over learned tokens of chapter 5, drawing pictures along the way."""
+"""Train the GPT over learned tokens of chapter 5, generating images along the way."""
 
 import math
+import shutil
 import time
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -10,208 +10,209 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minigen.codes import CodeDataset, CodeItem, extract_codes
+from minigen.checkpoints import find_checkpoint, load
+from minigen.codes import CodeDataset, CodeItem, extract_codes, load_tokenizer
 from minigen.data import load_dataset
-from minigen.imagegpt import Guidance, ImageGPT, ImageGPTConfig, check_tokenizer, next_token_loss
-from minigen.pixelgpt import neighbour_correlation, row_statistics_distance
+from minigen.devices import is_main_process, join_processes, pick_device
+from minigen.imagegpt import ImageGPT, ImageGPTConfig, check_tokenizer, next_token_loss
+from minigen.pixelgpt import image_statistics
+from minigen.runs import TINY, RunConfig, Task, presets, run
+from minigen.runs import SampleOptions as Options
+from minigen.sampling import Guidance
 from minigen.show import save_grid
 from minigen.train import vq
-from minigen.training import (
-    RunConfig,
-    evaluate,
-    finish_run,
-    fit,
-    is_main_process,
-    load_checkpoint,
-    pick_device,
-    progress,
-    read_log,
-    save_checkpoint,
-    start_accelerator,
+from minigen.training import evaluate as mean_loss
+from minigen.transformer import TransformerConfig
+from minigen.vq import VQModel
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig, TransformerConfig):
+    """A run of chapter 5. Every field is an option of the command line."""
+
+    tokenizer: str = ""  # of chapter 4, or a file of LlamaGen's; empty: train one first
+    codes_in: str = ""  # folder of extracted codes, to share among runs; empty: `out`
+    ten_crop: bool = False  # train on the codes of ten crops of each image, as LlamaGen
+    labels: bool = True  # give the model the classes, if the data set has any
+    class_dropout: float = 0.1  # share of labels left out in training, for guidance
+    guidance: float = 2.0  # scale of the guidance at the evaluations
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of that scale
+    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # of tokens
+    batch_size: int = 16  # items per batch, over all processes together
+    out: Path = Path("runs/imagegpt")  # checkpoint, images and result.json go here
+
+
+PRESETS = presets(
+    Config,
+    test=TINY | {"depth": 1, "heads": 2, "dim": 16},
+    demo={"train_images": 1000, "precision": "float32"},  # two CPU cores, half a minute
+    cpu={"size": 64, "train_images": 12_000, "val_images": 256, "steps": 3000,
+         "warmup": 100, "ema": 0.995, "save_every": 250,
+         "eval_steps": (50, 100, 200, 400, 800, 1600, 3000)},  # one core, 15 minutes
+    # chapter 3's shape: the document gives none for this chapter; one GPU
+    full={"size": 64, "dim": 512, "heads": 8, "depth": 6, "dropout": 0.1, "ema": 0.999,
+          "train_images": 50_000, "val_images": 1000, "steps": 20_000, "batch_size": 64,
+          "lr": 1e-3, "warmup": 500, "save_every": 1000,
+          "eval_steps": (200, 400, 800, 1600, 3000, 6000, 10_000, 20_000)},
+    # LlamaGen-B on ImageNet 256 (arXiv 2406.06525, section 3.1): 16 x 16 tokens, 300
+    # epochs of 1.28 million images. Not as published: GPT-2's block and positions (see
+    # --norm, --mlp and --positions), a rate that falls, an initialized output layer, no
+    # dropout of whole tokens; and an epoch sees each of the ten crops instead of one.
+    paper={"tokenizer": "vq_ds16_c2i.pt", "data": "imagenet", "size": 256,
+           "ten_crop": True, "dim": 768, "heads": 12, "depth": 12, "dropout": 0.1,
+           "weight_decay": 0.05, "train_images": 1_281_167, "val_images": 5000,
+           "steps": 1_501_368, "batch_size": 256, "lr": 1e-4, "warmup": 1,
+           "eval_steps": (1000, 5000, 20_000, 50_000, 100_000, 250_000, 500_000,
+                          1_000_000, 1_501_368),
+           "save_every": 5000, "workers": 16},
 )
-from minigen.vq import VQModel, load_tokenizer
 
 
-@dataclass
-class Config(RunConfig):
-    """A run of chapter 5. Every field can be set on the command line; the rest is the preset's."""
-
-    tokenizer: str = ""  # of chapter 4: a folder, a name on the hub, a file of LlamaGen's; empty: one is trained first, in `out`
-    codes_in: str = ""  # folder of the extracted codes, which several runs may share; empty: in `out`
-    ten_crop: bool = False  # extract the codes of ten crops of each training picture, as LlamaGen does, not only of the whole
-    size: int = 32  # side of the square pictures, in pixels
-    labels: bool = True  # tell the model the class of a picture, where the data set has classes
-    drop_label: float = 0.1  # share of the labels left out in training, for guidance
-    guidance: float = 2.0  # scale with which the pictures along the way are drawn
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of that scale over the places of a picture
-    positions: Literal["learned", "rowcol"] = "rowcol"  # one vector a place, or one for its row and one for its column
-    depth: int = 4  # blocks
-    heads: int = 4  # attention heads
-    dim: int = 128  # width
-    dropout: float = 0.0  # share of activations left out in training
-    weight_decay: float = 0.1  # on matrices only
-    batch_size: int = 16  # pictures a batch, over all processes together
-    out: Path = Path("runs/imagegpt")  # checkpoint, pictures and result.json go here
-
-
-PRESETS = {
-    "test": Config("test", size=16, depth=1, heads=2, dim=16, train_images=16, val_images=8, steps=3, batch_size=4, warmup=1,
-                   sample_at=(1, 3), samples=4, save_every=1),
-    "demo": Config("demo", train_images=1000, precision="float32"),  # two CPU cores, half a minute, and as long for the tokenizer
-    "cpu": Config("cpu", size=64, train_images=12_000, val_images=256, steps=3000, warmup=100, ema=0.995,
-                  sample_at=(50, 100, 200, 400, 800, 1600, 3000), save_every=250),  # one CPU core, a quarter of an hour with 256 tokens
-    # the width, heads and depth of chapter 3's document; that of this chapter names none
-    "full": Config("full", size=64, dim=512, heads=8, depth=6, dropout=0.1, train_images=50_000, val_images=1000, steps=20_000,
-                   batch_size=64, lr=1e-3, warmup=500, ema=0.999, sample_at=(200, 400, 800, 1600, 3000, 6000, 10_000, 20_000),
-                   save_every=1000),  # one GPU
-    # LlamaGen-B on ImageNet 256 (arXiv 2406.06525, section 3.1): 16 x 16 tokens, 300 epochs of 1.28 million pictures. Not as
-    # published: GPT-2's block and positions (RMSNorm, SwiGLU and rotary positions come in chapter 7), a rate that falls, an
-    # initialised output layer, no dropout of whole tokens; and an epoch sees each of the crops instead of one in ten
-    "paper": Config("paper", tokenizer="vq_ds16_c2i.pt", data="imagenet", size=256, ten_crop=True, dim=768, heads=12, depth=12,
-                    dropout=0.1, weight_decay=0.05, train_images=1_281_167, val_images=5000, steps=1_501_368, batch_size=256, lr=1e-4,
-                    warmup=1, sample_at=(1000, 5000, 20_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 1_501_368),
-                    save_every=5000, workers=16),
-}
-
-
-def tokens_of(config: Config) -> tuple[VQModel, CodeDataset, CodeDataset]:
-    """The tokenizer, and the codes of training and validation pictures: trained and extracted where they are not there yet."""
-    name = config.tokenizer or str(config.out / "tokenizer")
-    if not config.tokenizer and not (config.resume and (config.out / "tokenizer/result.json").exists()):
-        preset = vq.PRESETS[config.preset]
-        shared = {field: getattr(config, field) for field in ("data", "size", "train_images", "val_images", "seed", "resume")}
-        vq.main(replace(preset, **shared, out=config.out / "tokenizer"))
-    with start_accelerator(pick_device()).main_process_first():  # the others find all of it there
-        folder = Path(config.codes_in or config.out)
-        shared = dict(tokenizer=name, data=config.data, size=config.size, seed=config.seed)
-        train = extract_codes(out=folder / "codes-train", split="train", length=config.train_images, ten_crop=config.ten_crop, **shared)
-        val = extract_codes(out=folder / "codes-val", split="val", length=config.val_images, flip=False, **shared)
-    return load_tokenizer(name), train, val
+def make_codes(config: Config,
+               device: torch.device) -> tuple[str, list[CodeDataset]]:
+    """The tokenizer's name and the codes to train and evaluate on, made if missing."""
+    name, folder = config.tokenizer, Path(config.codes_in or config.out)
+    if not name:
+        name = str(config.out / "tokenizer")
+        shared = ("data", "size", "train_images", "val_images", "seed", "resume",
+                  "overwrite")
+        shared = {field: getattr(config, field) for field in shared}
+        vq.main(replace(vq.PRESETS[config.preset], **shared, out=Path(name)))
+        join_processes(device).wait_for_everyone()  # until the first has written it
+    found = []
+    for split, options in (
+            ("train", {"length": config.train_images, "ten_crop": config.ten_crop}),
+            ("val", {"length": config.val_images, "flip": False})):
+        out = folder / f"codes-{split}"
+        if config.overwrite and not config.codes_in and is_main_process():
+            shutil.rmtree(out, ignore_errors=True)
+        found.append(extract_codes(name, config.data, out, size=config.size,
+                                   split=split, seed=config.seed, **options))
+    return name, found
 
 
 def without_class(model: ImageGPT, batch: CodeItem) -> Tensor:
-    """`next_token_loss` of a model that is not told the classes."""
-    return next_token_loss(model, batch._replace(label=torch.full_like(batch.label, model.config.classes)))
+    """`next_token_loss` of a model that is not given the classes."""
+    labels = torch.full_like(batch.label, model.config.classes)
+    return next_token_loss(model, batch._replace(label=labels))
+
+
+def build(config: Config, device: torch.device) -> Task:
+    """The model of chapter 5 and its codes.
+
+    The upper row of an image file is drawn from nothing, one class after the other; the
+    lower one completes the top halves of validation images. `classes.png` has a row for
+    each class, of at most sixteen.
+    """
+    name, (train, val) = make_codes(config, device)
+    tokenizer = load_tokenizer(name).to(device)
+    fingerprint, columns = tokenizer.fingerprint(), config.samples
+    classes = len(train.classes) if config.labels and len(train.classes) > 1 else 0
+    guidance = Guidance(config.guidance, config.schedule) if classes else None
+    images = torch.stack([item.image for item in config.dataset("val")])
+    tops = tokenizer.encode(images[:columns, :, : config.size // 2]).flatten(1)
+    known = torch.tensor([val[n].label for n in range(len(tops))])
+    torch.manual_seed(config.seed)  # whatever making the codes has drawn
+    model = ImageGPT(config.select(
+        ImageGPTConfig, codebook_size=tokenizer.codebook_size, height=train.grid[0],
+        width=train.grid[1], classes=classes, fingerprint=fingerprint,
+        tokenizer=config.tokenizer or "tokenizer")).to(device)
+
+    def draw(model: ImageGPT, name: str, *rows: tuple[int | Tensor, Tensor]) -> Tensor:
+        generator = torch.Generator(device).manual_seed(config.seed)
+        drawn = [model.generate_images(
+            tokenizer, prompt, labels if classes else None, guidance=guidance,
+            generator=generator).cpu() for prompt, labels in rows]
+        save_grid(torch.cat(drawn), config.out / name, columns=columns,
+                  scale=max(1, 128 // config.size))
+        return drawn[0]
+
+    def evaluate(model: ImageGPT, step: int) -> dict:
+        labels = torch.arange(columns) % max(1, classes)
+        drawn = draw(model, f"step-{step:05d}.png", (columns, labels), (tops, known))
+        return image_statistics(drawn, images)
+
+    def seconds(model: ImageGPT, **options) -> float:
+        start = time.perf_counter()
+        model.generate_images(tokenizer, 1, **options)
+        return time.perf_counter() - start
+
+    def summarize(model: ImageGPT, last: dict) -> dict:
+        labels = torch.arange(min(classes, 16) or 1).repeat_interleave(columns)
+        draw(model, "classes.png", (len(labels), labels))
+        bits = last["val_loss"] / math.log(2)
+        metrics = {
+            "bits_per_token": bits, "tokens_per_image": model.length,
+            "bits_per_pixel": bits * model.length / config.size**2,
+            "seconds_per_image": seconds(model), "extra": {"tokenizer": fingerprint},
+        } | {name: last[name] for name in image_statistics(images, images)}
+        if classes:
+            loss = mean_loss(model, val, without_class, config.batch_size)
+            metrics["bits_per_token_without_class"] = loss / math.log(2)
+            metrics["seconds_per_image_guided"] = seconds(
+                model, labels=labels[:1], guidance=Guidance(2.0))
+        return metrics
+
+    return Task(model=model, data=train, val=val, loss=next_token_loss,
+                evaluate=evaluate, summarize=summarize, parts_per_image=model.length)
 
 
 def main(config: Config) -> dict:
-    """Train, write the checkpoint, the pictures and `result.json` to `config.out`, and return the result.
-
-    Of several processes the first one evaluates, draws and writes; the others return an empty result. The upper row of a
-    picture is drawn from nothing, one class after the other, the lower one continues the top halves of validation pictures.
-    `classes.png` has a row for each class, of at most sixteen.
-    """
-    device = pick_device()
-    tokenizer, train, val = tokens_of(config)
-    tokenizer = tokenizer.to(device)
-    classes = len(train.classes) if config.labels and len(train.classes) > 1 else 0
-    torch.manual_seed(config.seed)
-    model = ImageGPT(ImageGPTConfig(
-        codes=tokenizer.codes, height=train.grid[0], width=train.grid[1], classes=classes, drop_label=config.drop_label,
-        positions=config.positions, depth=config.depth, heads=config.heads, dim=config.dim, dropout=config.dropout,
-        tokenizer=config.tokenizer or "tokenizer", fingerprint=tokenizer.fingerprint(),
-    )).to(device)
-    average = deepcopy(model) if config.ema else None
-    drawn = model if average is None else average  # the one to evaluate, to draw with and to keep
-    guidance = Guidance(config.guidance, config.schedule) if classes else Guidance()
-    val_images = torch.stack([item.image for item in config.dataset("val", config.size)])
-    tops = tokenizer.encode(val_images[: config.samples, :, : config.size // 2]).flatten(1)
-    asked = torch.arange(config.samples) % max(1, classes) if classes else None
-    known = torch.tensor([val[n].label for n in range(len(tops))]) if classes else None
-
-    records = fit(model, train, next_token_loss, config.recipe(), average=average, folder=config.out, resume=config.resume,
-                  settings={"data": config.data})
-    tokens_per_step = config.batch_size * config.accumulate * model.length
-    for record in progress(records, config.steps, tokens_per_step, f"imagegpt {config.preset}"):
-        if record.look and is_main_process():
-            generator = torch.Generator(device).manual_seed(config.seed)
-            images = drawn.draw(tokenizer, config.samples, asked, guidance=guidance, generator=generator).cpu()
-            completed = drawn.draw(tokenizer, tops, known, guidance=guidance, generator=generator).cpu()
-            save_grid(torch.cat([images, completed]), config.out / f"step-{record.step:05d}.png", columns=len(images),
-                      scale=max(1, 128 // config.size))
-            save_checkpoint(drawn, config.out)
-            along_rows, along_columns = neighbour_correlation(images)
-            record.metrics.update(
-                val_loss=evaluate(drawn, val, next_token_loss, config.batch_size),
-                row_statistics_distance=row_statistics_distance(images, val_images),
-                correlation_along_rows=along_rows, correlation_along_columns=along_columns,
-            )
-    if not is_main_process():
-        return {}
-
-    rows = torch.arange(min(classes, 16) or 1).repeat_interleave(config.samples)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    images = drawn.draw(tokenizer, len(rows), rows if classes else None, guidance=guidance, generator=generator).cpu()
-    save_grid(images, config.out / "classes.png", columns=config.samples, scale=max(1, 128 // config.size))
-
-    def seconds(labels: Tensor | None, guidance: Guidance) -> float:
-        start = time.perf_counter()
-        drawn.draw(tokenizer, 1, labels, guidance=guidance, generator=torch.Generator(device).manual_seed(config.seed))
-        return time.perf_counter() - start
-
-    last = read_log(config.out)[-1]
-    bits = last["val_loss"] / math.log(2)
-    metrics = {
-        "val_loss": last["val_loss"], "bits_per_token": bits, "bits_per_pixel": bits * model.length / config.size**2,
-        "tokens_per_image": model.length, "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_per_second": config.steps * tokens_per_step / last["seconds"], "seconds_per_picture": seconds(None, Guidance()),
-        "correlation_along_rows": last["correlation_along_rows"], "correlation_along_columns": last["correlation_along_columns"],
-    }
-    if classes:
-        metrics["bits_per_token_without_class"] = evaluate(drawn, val, without_class, config.batch_size) / math.log(2)
-        metrics["seconds_per_picture_guided"] = seconds(torch.zeros(1, dtype=torch.int64), Guidance(2.0))
-    return finish_run("imagegpt", config, PRESETS, metrics, tokenizer=model.config.fingerprint)
+    """Train and return the result; see `minigen.runs.run`."""
+    return run("imagegpt", config, PRESETS, build)
 
 
-@dataclass
-class SampleOptions:
-    """Pictures drawn by a checkpoint of chapter 5."""
+@dataclass(kw_only=True)
+class SampleOptions(Options):
+    """Images drawn by a checkpoint of chapter 5."""
 
-    tokenizer: str = ""  # a folder or a name on the hub; empty: in the checkpoint's folder, beside it, or where it was in training
-    start: Literal["nothing", "half"] = "nothing"  # what is given: nothing, or the top half of pictures of `data`
-    data: str = "landscapes"  # a data set's name, or a folder of pictures
-    label: int | None = None  # class of every picture; without it, one class after the other, or those of the pictures of `data`
-    guidance: float = 1.0  # how much more of the class than the model says: 1 is none, 0 forgets the class
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the guidance: rising ones begin at 1
-    count: int = 16  # how many pictures
-    temperature: float = 1.0  # below 1 keeps to likely tokens, 0 takes the likeliest
+    tokenizer: str = ""  # as for `train`; empty: the one near the checkpoint
+    start: Literal["nothing", "half"] = "nothing"  # half: complete images of `data`
+    label: int | None = None  # class of all images; else each in turn, or `data`'s
+    guidance: float = 1.0  # how much more of the class: 1 is none, 0 forgets the class
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # others rise from 1
     top_k: int | None = None  # draw among this many likeliest tokens
-    top_p: float | None = None  # draw among the fewest tokens with this much probability
-    seed: int = 0
-    columns: int | None = None  # pictures beside each other; without it, about as many as below each other
-    scale: int = 4  # pixels on the file for each pixel of a picture
-    out: Path = Path("samples.png")
+    top_p: float | None = None  # draw among the fewest tokens of this probability
 
 
-def find_tokenizer(checkpoint: str, model: ImageGPT) -> VQModel:
-    """The tokenizer of a model: in the folder of its checkpoint, beside it, or where it was in training. FileNotFoundError."""
-    name, folder = model.config.tokenizer, Path(checkpoint)
-    for place in (folder / name, folder.parent / Path(name).name, Path(name)):
-        if name and ((place / "config.json").exists() or place.is_file()):
-            return load_tokenizer(str(place))
-    raise FileNotFoundError(f"there is no tokenizer {name or 'tokenizer'} in {folder}, beside it or here: say where the one that "
-                            f"{model.config.fingerprint or 'its codes'} came from lies, by --tokenizer")
+def find_tokenizer(checkpoint: str | Path, model: ImageGPT) -> VQModel:
+    """A model's tokenizer: near its checkpoint, shipped, or where training had it."""
+    name, folder = model.config.tokenizer, find_checkpoint(checkpoint).resolve()
+    last = Path(name).name
+    for place in (folder / name, folder.parent / last, last, name) if name else ():
+        try:
+            return load_tokenizer(place)
+        except OSError:  # not there
+            continue
+    raise FileNotFoundError(
+        f"no tokenizer {name} in {folder}, beside it, among those that "
+        f"ship, or here: give the one with fingerprint {model.config.fingerprint} by "
+        "--tokenizer")
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Draw a grid of pictures with the model in `checkpoint` (a folder, or a name on the Hugging Face hub)."""
-    device = pick_device()
-    model = load_checkpoint(ImageGPT, checkpoint).to(device)
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else find_tokenizer(checkpoint, model)
-    tokenizer = tokenizer.to(device)
+    """Draw a grid of images with the model that `load(checkpoint)` finds."""
+    device, count = pick_device(), options.count
+    model = load(checkpoint, ImageGPT).to(device)
+    tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
+                 else find_tokenizer(checkpoint, model)).to(device)
     check_tokenizer(model, tokenizer)
-    prompt, classes = options.count, model.config.classes
-    labels = torch.arange(options.count) % classes if classes else None
+    prompt, labels = count, torch.arange(count) % max(1, model.config.classes)
     if options.start == "half":
-        val = load_dataset(options.data, model.config.height * tokenizer.config.downsample, "val", options.count)
-        chosen = torch.arange(options.count) % len(val)  # a small folder gives each of its pictures again
-        images = torch.stack([item.image for item in val])
-        prompt = tokenizer.encode(images[:, :, : images.shape[2] // 2]).flatten(1)[chosen]
-        labels = torch.tensor([item.label for item in val])[chosen] if classes else None
+        side = model.config.height * tokenizer.config.downsample
+        val = load_dataset(options.data, side, "val", count)
+        chosen = [val[n % len(val)] for n in range(count)]  # a small folder repeats
+        tops = torch.stack([item.image for item in chosen])[:, :, : side // 2]
+        prompt = tokenizer.encode(tops).flatten(1)
+        labels = torch.tensor([item.label for item in chosen])
     if options.label is not None:
-        labels = torch.full((options.count,), options.label)
-    images = model.draw(tokenizer, prompt, labels, guidance=Guidance(options.guidance, options.schedule),
-                        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                        generator=torch.Generator(device).manual_seed(options.seed))
+        labels = torch.full((count,), options.label)
+    elif not model.config.classes:
+        labels = None
+    images = model.generate_images(
+        tokenizer, prompt, labels, top_k=options.top_k, top_p=options.top_p,
+        guidance=Guidance(options.guidance, options.schedule),
+        temperature=options.temperature,
+        generator=torch.Generator(device).manual_seed(options.seed))
     save_grid(images.cpu(), options.out, scale=options.scale, columns=options.columns)
     return options.out

@@ -1,0 +1,134 @@
+"""Writing files so that a kill or a full disk leaves the old ones or the new ones."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+def fsync(path: str | Path) -> None:
+    """fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix, which replaces it on success.
+
+    Its name depends on `path` alone, so that a killed process leaves at most one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace the text of a file in one step."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Replace a file by `value` as JSON in one step."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path):
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def atomic_dir(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which replaces it on success.
+
+    The temporary name depends on `folder` alone, so the next attempt removes what a
+    killed process left behind. An existing folder is moved aside before the new one
+    takes its name, and removed afterwards. A kill between the two renames leaves both
+    under hidden names; the next attempt puts the old one back first.
+    """
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def atomic_rmtree(folder: str | Path) -> None:
+    """Remove a folder; a kill halfway leaves nothing under its name."""
+    folder = Path(folder).absolute()
+    going = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(folder, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def reserve(path: str | Path, size: int) -> None:
+    """Give a file `size` bytes of disk now, or raise OSError.
+
+    A memory-mapped file without this is killed by SIGBUS when the disk is full.
+    """
+    with open(path, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+
+
+@contextmanager
+def lock_folder(folder: str | Path, wait: bool = False) -> Iterator[None]:
+    """Hold a folder until the block ends or this process dies.
+
+    `wait` waits for a process that holds it; otherwise BlockingIOError names that
+    process and its host.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / ".lock-owner.json"
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        try:
+            about = read_json(owner)
+        except (OSError, ValueError):  # the other process is just starting
+            about = {"pid": "?", "host": "?"}
+        raise BlockingIOError(
+            f"{folder} is in use by process {about['pid']} on {about['host']}: wait "
+            "until it ends, stop it, or choose another folder"
+        ) from None
+    try:
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

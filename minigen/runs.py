@@ -1,0 +1,267 @@
+"""What all training scripts share: the options and the skeleton of a run, its result
+file, and the runs that ship with the repository."""
+
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from minigen.checkpoints import (
+    PACKAGE,
+    clear_states,
+    differences,
+    load,
+    save_checkpoint,
+)
+from minigen.data import load_dataset
+from minigen.devices import hardware, is_main_process, join_processes, pick_device
+from minigen.files import lock_folder, read_json, write_json
+from minigen.training import (
+    FitConfig,
+    eval_history,
+    evaluate,
+    fit,
+    progress,
+    read_log,
+)
+
+DATA = PACKAGE.parent / "data"  # of a clone of the repository
+
+
+@dataclass(kw_only=True)
+class RunConfig(FitConfig):
+    """What every training script can be told; a script adds the shape of its model."""
+
+    preset: str = "demo"  # where the other defaults come from
+    data: str = "landscapes"  # a data set's name, or a folder of images
+    size: int = 32  # side of the square images, in pixels
+    train_images: int = 1600  # how many images to train on
+    val_images: int = 64  # and to evaluate on
+    samples: int = 8  # images to generate at each evaluation
+    resume: bool = False  # continue a run that stopped, or return a finished one
+    overwrite: bool = False  # replace a run that is in `out`
+    out: Path = Path("runs")  # checkpoint, images and result.json go here
+    steps: int = 400  # optimizer steps
+    lr: float = 2e-3  # highest learning rate, reached after the warm-up
+    warmup: int = 50  # steps in which the rate rises from zero
+    ema: float = 0.0  # decay of averaged weights, which are then kept; 0: none
+    eval_steps: tuple[int, ...] = (100, 400)  # steps to evaluate and generate at
+    save_every: int = 200  # steps between two saved states
+
+    def dataset(self, split: str) -> Dataset:
+        """The images to train on ("train") or to evaluate on ("val")."""
+        length = self.train_images if split == "train" else self.val_images
+        return load_dataset(self.data, self.size, split, length, seed=self.seed)
+
+    def select(self, kind: type, **more):
+        """An instance of the dataclass `kind` from the fields of the same names."""
+        names = [f.name for f in fields(kind) if hasattr(self, f.name)]
+        return kind(**{name: getattr(self, name) for name in names} | more)
+
+
+TINY = {"size": 16, "train_images": 16, "val_images": 8, "steps": 3, "batch_size": 4,
+        "warmup": 1, "eval_steps": (1, 3), "samples": 4, "save_every": 1}  # "test"
+
+
+def presets(config: type[RunConfig], **options: dict) -> dict[str, RunConfig]:
+    """A configuration for each named preset, from what differs from the defaults."""
+    return {name: config(preset=name, **values) for name, values in options.items()}
+
+
+@dataclass(kw_only=True)
+class Task:
+    """What a script gives to `run`: a model, its data, and how to judge and keep it."""
+
+    model: nn.Module  # what is trained
+    data: Dataset  # items to train on
+    val: Dataset  # items whose mean loss is the validation loss
+    loss: Callable[[nn.Module, object], Tensor]
+    evaluate: Callable[[nn.Module, int], dict]  # (model, step) to metrics; draws images
+    parts: str = "tokens"  # what `parts_per_image` counts, for the rate
+    parts_per_image: int = 1
+    # of the model and the last line of the log: more metrics of the result
+    summarize: Callable[[nn.Module, dict], dict] = lambda model, last: {}
+    keep: Callable[[nn.Module], nn.Module] = lambda model: model  # the part to save
+    settings: dict = field(default_factory=dict)  # must not change when a run resumes
+
+
+def run(script: str, config: RunConfig, presets: dict[str, RunConfig],
+        build: Callable[[RunConfig, torch.device], Task]) -> dict:
+    """Train, evaluate and save what `build(config, device)` describes: the result.
+
+    Of several processes, the first evaluates and writes, and the others return {}. A
+    finished run is not repeated: `resume` returns its result, and without it ValueError
+    says so. BlockingIOError if another process works in the folder.
+    """
+    device = pick_device()
+    processes = join_processes(device)
+    if not is_main_process():
+        processes.wait_for_everyone()  # until the first has cleared the folder
+        finished = (config.out / "result.json").exists()
+        return {} if finished else _run(script, config, presets, build, device)
+    with lock_folder(config.out):
+        result = prepare_folder(config)
+        processes.wait_for_everyone()
+        return result or _run(script, config, presets, build, device)
+
+
+def prepare_folder(config: RunConfig) -> dict | None:
+    """The result of a run that is finished, or None after making room for a new one.
+
+    ValueError if it is finished and `resume` is not set or, naming the fields, if its
+    configuration differs.
+    """
+    file = config.out / "result.json"
+    if config.overwrite:
+        file.unlink(missing_ok=True)  # first: no result stands beside a newer model
+        clear_states(config.out)
+        for name in ("log.jsonl", "model.safetensors", "config.json", "step-*.png"):
+            for path in config.out.glob(name):
+                path.unlink()
+    if not file.exists():
+        return None
+    if not config.resume:
+        raise ValueError(f"{config.out} holds a finished run: choose another folder "
+                         "with --out, replace it with --overwrite, or get its result "
+                         "with --resume")
+    result = read_json(file)
+    free = ("out", "resume", "overwrite", "save_every", "workers", "tensorboard")
+    saved, now = ({k: v for k, v in settings.items() if k not in free}
+                  for settings in (result["config"], as_json(config)))
+    if found := differences(saved, now):
+        raise ValueError(f"{config.out} holds a finished run with other settings: "
+                         f"{'; '.join(found)}. Choose another folder with --out, or "
+                         "replace it with --overwrite")
+    clear_states(config.out)  # which a kill may have left beside the result
+    return result
+
+
+def as_json(config: RunConfig) -> dict:
+    """The fields as a JSON file holds them: tuples as lists, and paths as strings."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _run(script, config, presets, build, device) -> dict:
+    torch.manual_seed(config.seed)
+    task = build(config, device)
+    ema_model = deepcopy(task.model) if config.ema else None
+    kept = task.model if ema_model is None else ema_model
+    settings = {"data": config.data, "size": config.size} | task.settings
+    per_step = config.batch_size * config.accumulate * task.parts_per_image
+    records = fit(task.model, task.data, task.loss, config, ema_model=ema_model,
+                  folder=config.out, resume=config.resume, settings=settings)
+    name = f"{script} {config.preset}"
+    for record in progress(records, config.steps, per_step, name, task.parts):
+        if record.evaluate and is_main_process():
+            save_checkpoint(task.keep(kept), config.out)
+            val_loss = evaluate(kept, task.val, task.loss, config.batch_size)
+            record.metrics |= {"val_loss": val_loss} | task.evaluate(kept, record.step)
+    if not is_main_process():
+        return {}
+    log = read_log(config.out)
+    last = log[-1]
+    metrics = {
+        "val_loss": last["val_loss"],
+        "parameters": sum(p.numel() for p in task.keep(task.model).parameters()),
+        f"{task.parts}_per_second": config.steps * per_step / last["seconds"],
+    } | task.summarize(kept, last)
+    extra = metrics.pop("extra", {})
+    result = describe_run(
+        command=command_line(script, config, presets[config.preset]), script=script,
+        preset=config.preset, minutes=round(last["seconds"] / 60, 2), seed=config.seed,
+        dataset=config.data, metrics=metrics, history=eval_history(log),
+        config=as_json(config)) | extra
+    write_json(config.out / "result.json", result)
+    clear_states(config.out)
+    return read_json(config.out / "result.json")
+
+
+def command_line(script: str, config: RunConfig, preset: RunConfig) -> str:
+    """The command that repeats a run: its preset, and what differs from it."""
+    options = [f"python -m minigen train {script} --preset {config.preset}"]
+    for name, value in vars(config).items():
+        if value == getattr(preset, name) or name in ("out", "resume", "overwrite"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            options.append(f"--{flag} {' '.join(map(str, values))}")
+    return " ".join(options)
+
+
+def describe_run(**about) -> dict:
+    """`about`, then where it was measured: machine, commit, date and versions."""
+    command = ["git", "-C", str(PACKAGE), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": version("torchvision")}
+    return about | {"hardware": hardware(), "commit": commit,
+                    "date": date.today().isoformat(), "versions": versions}
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """What `python -m minigen sample` can be told for every generating model."""
+
+    data: str = "landscapes"  # a data set's name, or a folder of images
+    count: int = 16  # how many images
+    temperature: float = 1.0  # below 1 prefers what is likely; 0 takes the likeliest
+    seed: int = 0
+    columns: int | None = None  # images per row; without it, about a square
+    scale: int = 4  # pixels in the file for each pixel of an image
+    out: Path = Path("samples.png")
+
+
+# ---- what ships
+
+
+def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
+    """Copy a finished run into the repository's folder `data`, under its own name.
+
+    The checkpoint goes to `data/checkpoints` in half precision, unless `weights` is
+    False; result and images go to `data/results`.
+    """
+    result = read_json(run / "result.json")
+    if weights:
+        save_checkpoint(load(run), data / "checkpoints" / run.name, torch.float16)
+    images = data / "results" / run.name
+    images.mkdir(parents=True, exist_ok=True)
+    for image in run.glob("*.png"):
+        shutil.copy(image, images)
+    write_json(data / "results" / f"{run.name}.json", result)
+
+
+def shipped(chapter: str, variant: str) -> str:
+    """The name of the best shipped run of a chapter and variant, as `load` takes it."""
+    for preset in ("full", "cpu"):
+        name = f"{chapter}-{preset}-{variant}"
+        if (DATA / "results" / f"{name}.json").exists():
+            return name
+    raise FileNotFoundError(f"no result of {chapter} ({variant}) in {DATA / 'results'};"
+                            " results come with a clone of the repository")
+
+
+def shipped_result(name: str) -> dict:
+    """The result file of a shipped run."""
+    return read_json(DATA / "results" / f"{name}.json")
+
+
+def shipped_images(name: str) -> Path:
+    """The folder of a shipped run's images."""
+    return DATA / "results" / name
