@@ -457,6 +457,19 @@ def test_generating_is_in_eval_mode_and_returns_to_the_old_one(case):
     case.loss(model, case.generate(model, prompt)).backward()
 
 
+@pytest.mark.parametrize("where", ["inputs", "attention.proj", "mlp.down"])
+@every(["gpt", "gpt-llama"])
+def test_dropout_is_where_gpt2_has_it(case, where):
+    transformer = case.make(dropout=0.5).transformer
+    for name, parameter in transformer.named_parameters():  # leave one of them alone
+        if name.endswith(("proj.weight", "down.weight")) and where not in name:
+            nn.init.zeros_(parameter)
+    transformer.dropout = 0.5 if where == "inputs" else 0.0
+    x = torch.randn(2, 9, transformer.config.dim)
+    assert not torch.allclose(transformer.train()(x), transformer.eval()(x))
+    assert torch.equal(transformer(x), transformer(x))
+
+
 @every([name for name in MODELS if name.startswith("vq-")])
 def test_tokens_depend_on_the_image_alone(case):
     model, images = case.make(dropout=0.5).train(), case.parts()
@@ -476,7 +489,7 @@ def test_tokens_depend_on_the_image_alone(case):
 # --- configurations and files
 
 
-@pytest.mark.parametrize("kind", {MODELS[name].model for name in SAVED},
+@pytest.mark.parametrize("kind", dict.fromkeys(MODELS[name].model for name in SAVED),
                          ids=lambda kind: kind.__name__)
 def test_a_model_is_made_from_one_flat_dataclass(kind):
     assert "__init__" in vars(kind), "the hub's mixin reads the fields from it"
