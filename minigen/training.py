@@ -394,7 +394,7 @@ def progress(records: Iterable[Record], steps: int, per_step: int, description: 
              unit: str = "tokens") -> Iterator[Record]:
     """Pass records on under a bar with the loss, the rate and the time left.
 
-    `per_step` is the number of `unit`s, such as tokens, in a step.
+    `per_step` is how many of `unit`, such as tokens, a step has.
     """
     quiet = {} if is_main_process() else {"disable": True}
     with tqdm(total=steps, desc=description, mininterval=0.5, **quiet) as bar:

@@ -21,7 +21,7 @@ from minigen.imagegpt import ImageGPT, ImageGPTConfig, next_token_loss
 from minigen.patchgpt import PatchGPT, PatchGPTConfig, next_patch_loss
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig, next_pixel_loss
 from minigen.sampling import Guidance, last
-from minigen.transformer import unwrap
+from minigen.transformer import Transformer, TransformerConfig, unwrap
 from minigen.vq import VQConfig, VQModel
 from minigen.vqgan import VQGAN, tokenizer_loss
 
@@ -380,6 +380,23 @@ def test_cached_equals_uncached(case, pieces, plain):
     assert cache.filled == 9
 
 
+@pytest.mark.parametrize("positions", ["learned", "rowcol", "rope2d", "none"])
+def test_a_transformer_sees_all_or_what_a_mask_allows(positions):
+    config = TransformerConfig(depth=1, heads=2, dim=16, positions=positions)
+    transformer = sharpen(Transformer(config, 9, columns=3, causal=False))
+    x, other = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    mask = torch.rand(9, 9) < 0.5
+    mask.fill_diagonal_(True)
+    for allowed in (None, mask):
+        before = transformer(x, mask=allowed)
+        for position in range(9):
+            changed = x.clone()
+            changed[:, position] = other[:, position]
+            change = (transformer(changed, mask=allowed) - before).abs().amax((0, 2))
+            expected = mask[:, position] if allowed is not None else change > -1
+            assert torch.equal(change > 1e-5, expected)
+
+
 @every(GENERATING)
 def test_the_cache_does_not_change_what_is_drawn(case):
     model = sharpen(case.make())
@@ -596,7 +613,7 @@ def test_wrong_weights_are_not_loaded(case, tmp_path):
 
     save_checkpoint(case.make(), tmp_path)
     file = tmp_path / "model.safetensors"
-    weights = load_file(file)
+    weights = {key: value.clone() for key, value in load_file(file).items()}
     name = next(name for name, value in weights.items() if value.is_floating_point())
     rest = {key: value for key, value in weights.items() if key != name}
     for wrong, message in (
