@@ -37,12 +37,14 @@ def nearest_code(vectors: Tensor, codebook: Tensor, rows: int | None = None) -> 
         vectors, codebook = vectors.float(), codebook.float()
         half = codebook.square().sum(dim=1) / 2                       # (K,)
         if rows is None:  # scores that fit into a CPU's cache, or keep a GPU busy
-            rows = max(1, 2 ** (19 if vectors.is_cpu else 26) // len(codebook))
+            rows = max(1, 2 ** (18 if vectors.is_cpu else 26) // len(codebook))
         nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+        buffer = vectors.new_empty(min(rows, len(vectors)), len(codebook))
         for start in range(0, len(vectors), rows):
-            part = slice(start, start + rows)
-            scores = torch.addmm(half, vectors[part], codebook.T, beta=-1)   # (rows, K)
-            nearest[part] = scores.argmax(dim=1)
+            part = vectors[start : start + rows]
+            scores = buffer[: len(part)]  # a new one each time would take twice as long
+            torch.addmm(half, part, codebook.T, beta=-1, out=scores)      # (rows, K)
+            nearest[start : start + rows] = scores.argmax(dim=1)
         return nearest
 
 # %% ../nbs/04_vq_tokenizer.ipynb #7b50e779

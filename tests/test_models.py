@@ -22,7 +22,7 @@ from minigen.patchgpt import PatchGPT, PatchGPTConfig, next_patch_loss
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig, next_pixel_loss
 from minigen.sampling import Guidance, last
 from minigen.transformer import Transformer, TransformerConfig, unwrap
-from minigen.vq import VQConfig, VQModel
+from minigen.vq import Downsample, VQConfig, VQModel
 from minigen.vqgan import VQGAN, tokenizer_loss
 
 # --- how to talk to each class of models
@@ -551,14 +551,15 @@ def round_trips(case, tmp_path):
     loaded = [load(tmp_path / "ours"), load(tmp_path / "ours", case.model),
               case.model.from_pretrained(tmp_path / "hub"),
               case.model.from_pretrained(tmp_path / "ours")]
+    assert not any(again.training for again in loaded[:2])
     for again in loaded:
+        again.eval()  # as not every version of the hub's library does
         assert type(again) is case.model
         assert again.config == model.config
         assert type(again.config) is type(model.config)
         for field in fields(model.config):  # a list is not a tuple
             found, kept = (getattr(m.config, field.name) for m in (again, model))
             assert type(found) is type(kept), field.name
-        assert not again.training
         assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
         expected = case.outputs(model, parts)
         assert_close(case.outputs(again, parts), expected, rtol=0, atol=0)
@@ -648,6 +649,17 @@ def test_initial_weights_are_those_of_gpt2(case):
 def test_starts_out_knowing_nothing(case):
     loss = case.loss(case.make().eval(), case.parts(16))
     assert loss.item() == pytest.approx(math.log(case.vocab), abs=0.05)
+
+
+def test_downsampling_pads_below_and_on_the_right():  # as LlamaGen's weights expect
+    encoder = MODELS["vq-ema"].make().encoder
+    layer = next(part for part in encoder if isinstance(part, Downsample))
+    x = torch.randn(2, layer.in_channels, 6, 6, requires_grad=True)
+    y = layer(x)
+    assert y.shape[2:] == (3, 3)
+    y[:, :, 0, 0].sum().backward()
+    assert x.grad[:, :, :3, :3].all()
+    assert x.grad.count_nonzero() == x[:, :, :3, :3].numel()
 
 
 # --- wrong inputs
