@@ -197,7 +197,8 @@ def row_statistics_distance(images: Tensor, reference: Tensor) -> float:
         across = (x[..., 1:] - x[..., :-1]).abs().mean(dim=(0, 3))
         down = (x[..., 1:, :] - x[..., :-1, :]).abs().mean(dim=(0, 3))
         down = F.pad(down, (1, 0))
-        means, spreads = rows.mean(dim=0), rows.std(dim=0)
+        # one image has no spread
+        means, spreads = rows.mean(dim=0), rows.std(dim=0, correction=int(len(x) > 1))
         return torch.stack([means, spreads, across, down])        # (4, 3, H)
 
     return (statistics(images) - statistics(reference)).square().mean().sqrt().item()

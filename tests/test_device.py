@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minigen import vqgan
+from minigen import devices, vqgan
 from minigen.imagegpt import ImageGPT
 from minigen.losses import linear_cross_entropy
 from minigen.patchgpt import PatchGPT, expected_patches, exposure_bias, next_patch_error
@@ -187,3 +187,13 @@ def test_an_omitted_device_is_hidden_inside_of_the_context(monkeypatch):
     with fake_cuda("imagegpt") as (case, model, parts), OnlyCuda():
         with torch.device("cuda"):
             assert is_on_cuda(case.loss(model, parts))
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 1), (2, 3), (8, 1)])
+def test_the_processes_of_a_machine_share_its_threads(processes, threads, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(devices, "PartialState", lambda **options: None)
+    torch.set_num_threads(1)
+    devices.join_processes(torch.device("cpu"))
+    assert torch.get_num_threads() == threads
