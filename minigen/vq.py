@@ -42,7 +42,7 @@ def nearest_code(vectors: Tensor, codebook: Tensor, rows: int | None = None) -> 
         buffer = vectors.new_empty(min(rows, len(vectors)), len(codebook))
         for start in range(0, len(vectors), rows):
             part = vectors[start : start + rows]
-            scores = buffer[: len(part)]  # a new one each time would take twice as long
+            scores = buffer[: len(part)]  # allocating can take as long as the search
             torch.addmm(half, part, codebook.T, beta=-1, out=scores)      # (rows, K)
             nearest[start : start + rows] = scores.argmax(dim=1)
         return nearest
