@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['Context', 'BIN', 'HEADS', 'check_tiling', 'patchify', 'unpatchify', 'PatchConfig', 'PatchGPTConfig', 'Head',
            'SquaredErrorHead', 'log_mass', 'log_normal_cdf', 'quantize', 'GaussianMixtureHead', 'LogisticMixtureHead',
-           'shift', 'PatchGPT', 'next_patch_loss', 'expected_patches', 'next_patch_error', 'exposure_bias']
+           'shift', 'PatchGPT', 'next_patch_loss', 'known_labels', 'expected_patches', 'next_patch_error',
+           'exposure_bias']
 
 # %% ../nbs/03_patchgpt.ipynb #e43a138f
 import math
@@ -17,8 +18,13 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .sampling import autoregress, last, sample, start_canvas
-from .transformer import Transformer, TransformerConfig
+from .sampling import Guidance, autoregress, last, sample, start_canvas
+from minigen.transformer import (
+    Transformer,
+    TransformerConfig,
+    check_indices,
+    initialize,
+)
 
 # %% ../nbs/03_patchgpt.ipynb #be5e01c2
 def check_tiling(patch_size: int, height: int, width: int) -> None:
@@ -67,10 +73,12 @@ class PatchConfig(TransformerConfig):
 
     patch_size: int = 4  # P: side of a patch, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "mse"  # one guess, or a distribution
-    mixtures: int = 5  # K: components; PixelCNN++ finds 5 enough, GIVT takes 16
+    mixtures: int = 8  # K: components; PixelCNN++ finds 5 enough, GIVT takes 16
     neighbors: bool = True  # logistic: a pixel sees the ones to its left and above it
+    shared: bool = True  # logistic: one component for a patch; else one for each pixel
     above: bool = True  # read the patch above the next one too, not just the last patch
     noise: float = 0.0  # highest standard deviation of noise on patches in training
+    class_dropout: float = 0.1  # share of labels left out in training, for guidance
     positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # as pixels'
     depth: int = 6  # blocks; depth, heads and dim are the document's
     heads: int = 8  # attention heads in each block
@@ -81,6 +89,9 @@ class PatchConfig(TransformerConfig):
         if self.mixtures < 1:
             raise ValueError("a distribution has at least 1 component, found "
                              f"mixtures={self.mixtures}")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError("class_dropout is a share of the labels, from 0 to 1, "
+                             f"found {self.class_dropout}")
 
 
 @dataclass(kw_only=True)
@@ -89,9 +100,13 @@ class PatchGPTConfig(PatchConfig):
 
     height: int = 64  # of the images, in pixels
     width: int = 64  # of the images, in pixels
+    classes: int = 0  # that one can ask for; 0 makes the model unconditional
 
     def __post_init__(self):
         super().__post_init__()
+        if self.classes < 0:
+            raise ValueError("the number of classes is not negative, found "
+                             f"classes={self.classes}")
         check_tiling(self.patch_size, self.height, self.width)
 
 # %% ../nbs/03_patchgpt.ipynb #30d1eb4e
@@ -121,6 +136,16 @@ class Head(nn.Module):
         """The mean negative log likelihood, in nats per value."""
         return -self.log_prob(outputs, patches, context).mean() / self.D
 
+    def share_scales(self, outputs: Tensor) -> Tensor:
+        """Outputs (2B, ...), with the scales of the first half in both.
+
+        So guidance, which extrapolates from the second half to the first, leaves them.
+        """
+        outputs = outputs.clone()
+        conditional, unconditional = map(self.parts, outputs.chunk(2))
+        unconditional[2].copy_(conditional[2])  # logits, means, log scales, ...
+        return outputs
+
 
 class SquaredErrorHead(Head):
     """One guess for the next patch, trained by its squared error."""
@@ -132,6 +157,9 @@ class SquaredErrorHead(Head):
     def loss(self, outputs: Tensor, patches: Tensor, context: Context) -> Tensor:
         """The mean squared error of a value."""
         return F.mse_loss(outputs.float(), patches)
+
+    def share_scales(self, outputs: Tensor) -> Tensor:
+        return outputs  # there are none
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
         return outputs.float().clamp(0, 1)
@@ -228,29 +256,36 @@ class GaussianMixtureHead(Head):
 
 # %% ../nbs/03_patchgpt.ipynb #25473415
 class LogisticMixtureHead(Head):
-    """A mixture of K logistics for each pixel; red moves green, and both move blue.
+    """A mixture of K logistics; red moves green, and both move blue.
 
-    Up to here this is PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), and the
-    pixels of a patch are independent. With `neighbors` the pixel to the left and the
-    one above move all three channels as well, within the patch or across its border.
+    As in PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), but for two things.
+    With `neighbors` the pixel to the left and the one above move all three channels as
+    well, within the patch or across its border. With `shared` one component is chosen
+    for all pixels of a patch, and without it each pixel chooses its own.
     """
 
-    # for a component: logit; means; log scales; red on green, red and green on blue;
-    # and with neighbors, the pixel to the left; the pixel above
-    SIZES = (1, 3, 3, 3, 3, 3)
-
     def __init__(self, config: PatchConfig):
-        sizes = self.SIZES if config.neighbors else self.SIZES[:4]
-        super().__init__(config, config.patch_size**2 * config.mixtures * sum(sizes))
-        self.sizes, self.neighbors = sizes, config.neighbors
+        # three values each: means; log scales; red on green, red and green on blue;
+        # and with neighbors, the pixel to the left; the pixel above
+        values = 15 if config.neighbors else 9
+        logits = 1 if config.shared else config.patch_size**2
+        super().__init__(
+            config, config.mixtures * (logits + config.patch_size**2 * values))
+        self.neighbors, self.shared = config.neighbors, config.shared
         with torch.no_grad():
             _, mean, log_scale, *_ = self.parts(self.out.bias)
             mean.copy_(torch.linspace(-0.8, 0.8, self.K)[:, None])
             log_scale.fill_(-1.5)
 
     def parts(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits (..., P*P, K, 1); means, log scales, coefficients (..., P*P, K, 3)."""
-        return outputs.unflatten(-1, (self.P**2, self.K, -1)).split(self.sizes, dim=-1)
+        """Logits (..., K), or (..., P*P, K) if each pixel has its own; then means, log
+        scales and coefficients, each (..., P*P, K, 3)."""
+        if self.shared:
+            logits, outputs = outputs[..., : self.K], outputs[..., self.K :]
+        outputs = outputs.unflatten(-1, (self.P**2, self.K, -1))
+        if not self.shared:
+            logits, outputs = outputs[..., 0], outputs[..., 1:]
+        return logits, *outputs.split(3, dim=-1)
 
     def grid(self, patches: Tensor) -> Tensor:
         """Patches (..., D) in [0, 1] to their pixels (..., P, P, 3) in [-1, 1]."""
@@ -278,19 +313,22 @@ class LogisticMixtureHead(Head):
                 moved = rearrange(moved, "... p q c -> ... (p q) 1 c")
                 mean = mean + coefficient * moved
         log_p = log_mass(values, mean, log_scale.clamp(-7, 2), F.logsigmoid).sum(-1)
-        return (logits[..., 0].log_softmax(-1) + log_p).logsumexp(-1).sum(-1)
+        if self.shared:                                           # first all pixels
+            return (logits.log_softmax(-1) + log_p.sum(-2)).logsumexp(-1)
+        return (logits.log_softmax(-1) + log_p).logsumexp(-1).sum(-1)
 
-    def sample_pixels(self, weights: Tensor, parts, context: Context, finish) -> Tensor:
-        """Patches (B, D) pixel by pixel: each the weighted mean of its K components.
+    def follow(self, parts, context: Context, finish, weights=None) -> Tensor:
+        """Patches (B, K, D) pixel by pixel, each after its neighbors, in [0, 1].
 
-        `weights` (B, P*P, K); `parts` are the means and the coefficients of channels
-        and neighbors, (B, P*P, K, 3) each; `finish` is applied to each new value.
+        `parts` are the means and the coefficients of channels and neighbors, each
+        (B, P*P, K, 3), and `finish` is applied to each new value. With `weights`
+        (B, P*P, K) the K components of a pixel are averaged before the next one.
         """
         left, above = self.edges(context)
         pixels = {(i, -1): left[:, i, None] for i in range(self.P)}
         pixels |= {(-1, j): above[:, j, None] for j in range(self.P)}
-        parts = zip(*(part.unbind(1) for part in (weights, *parts)), strict=True)
-        for n, (w, m, c, *coefficients) in enumerate(parts):            # (B, K, 3)
+        parts = zip(*(part.unbind(1) for part in parts), strict=True)
+        for n, (m, c, *coefficients) in enumerate(parts):               # (B, K, 3)
             i, j = divmod(n, self.P)
             if self.neighbors:
                 m = m + coefficients[0] * pixels[i, j - 1]
@@ -298,30 +336,35 @@ class LogisticMixtureHead(Head):
             r = finish(m[..., 0])                                       # (B, K)
             g = finish(m[..., 1] + c[..., 0] * r)
             b = finish(m[..., 2] + c[..., 1] * r + c[..., 2] * g)
-            pixel = w[..., None] * torch.stack([r, g, b], -1)
-            pixels[i, j] = pixel.sum(1, keepdim=True)                   # (B, 1, 3)
-        new = torch.cat([pixels[divmod(n, self.P)] for n in range(self.P**2)], 1)
-        return rearrange(new, "b n c -> b (c n)") / 2 + 0.5
+            pixels[i, j] = torch.stack([r, g, b], -1)                   # (B, K, 3)
+            if weights is not None:
+                pixel = weights[:, n, :, None] * pixels[i, j]
+                pixels[i, j] = pixel.sum(1, keepdim=True)               # (B, 1, 3)
+        new = torch.stack([pixels[divmod(n, self.P)] for n in range(self.P**2)], 2)
+        return rearrange(new, "b k n c -> b k (c n)") / 2 + 0.5
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
         """The expected patches (..., D), but for what the ends of the scale cut off."""
         logits, mean, _, *coefficients = self.parts(outputs.float().flatten(0, -2))
         context = tuple(patches.flatten(0, -2) for patches in context)
-        weights, parts = logits[..., 0].softmax(-1), [mean, *coefficients]
-        expected = self.sample_pixels(weights, parts, context, lambda value: value)
+        weights, parts = logits.softmax(-1), [mean, *coefficients]
+        if self.shared:
+            patches = self.follow(parts, context, lambda value: value)   # (B, K, D)
+            expected = (weights[..., None] * patches).sum(1)
+        else:
+            expected = self.follow(parts, context, lambda value: value, weights)
         return expected.view(*outputs.shape[:-1], -1).clamp(0, 1)
 
     def sample(self, outputs, context, temperature=1.0, generator=None) -> Tensor:
         """Patches (B, D). The temperature divides logits and multiplies scales."""
         logits, *parts = self.parts(outputs.float())
-        logits = logits[..., 0]                                   # (B, P*P, K)
-        chosen = sample(logits.flatten(0, 1), temperature, generator=generator)
-        chosen = chosen.view(-1, self.P**2, 1, 1).expand(-1, -1, 1, 3)
+        chosen = sample(logits.flatten(0, -2), temperature, generator=generator)
+        chosen = chosen.view(len(outputs), -1, 1, 1).expand(-1, self.P**2, 1, 3)
         mean, log_scale, *coefficients = (part.gather(2, chosen) for part in parts)
         uniform = torch.rand(mean.shape, generator=generator, device=mean.device)
         noise = torch.logit(uniform, eps=1e-5) * log_scale.clamp(-7, 2).exp()
-        weights, parts = torch.ones_like(mean[..., 0]), [mean + temperature * noise]
-        return self.sample_pixels(weights, parts + coefficients, context, quantize)
+        parts = [mean + temperature * noise, *coefficients]
+        return self.follow(parts, context, quantize)[:, 0]
 
 
 HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead,
@@ -338,9 +381,11 @@ def shift(patches: Tensor, by: int, start: int, stop: int) -> Tensor:
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the patches of an image, which are real numbers.
 
-    `forward(patches (B, t, D) in [0, 1]) -> outputs (B, t + 1, ...)`: the outputs at
-    position p describe patch p, given the patches before it; at position 0 a learned
-    vector stands in for the previous patch. What the outputs mean is up to the head.
+    `forward(patches (B, t, D) in [0, 1], labels (B,)) -> outputs (B, t + 1, ...)`: the
+    outputs at position p describe patch p, given the class and the patches before it;
+    at position 0 a learned vector stands in for the previous patch, one for each class.
+    Labels are 0 to `classes` - 1, or `classes` for no class; without labels no image
+    has one. What the outputs mean is up to the head.
     """
 
     def __init__(self, config: PatchGPTConfig):
@@ -350,7 +395,11 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         self.length = config.height // config.patch_size * self.columns  # T: patches
         self.values = 3 * config.patch_size**2  # D: values of a patch
         self.embed = nn.Linear((1 + config.above) * self.values, config.dim)
-        self.start = nn.Parameter(0.02 * torch.randn(config.dim))
+        if config.classes:  # the last one stands for no class
+            self.class_embedding = nn.Embedding(config.classes + 1, config.dim)
+            initialize(self.class_embedding)
+        else:
+            self.start = nn.Parameter(0.02 * torch.randn(config.dim))
         self.transformer = Transformer(config, self.length, self.columns, prefix=1)
         self.head = HEADS[config.head](config)
 
@@ -377,106 +426,157 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         left[:, -start % self.columns :: self.columns] = 0.5      # outside the image
         return left, shift(patches, self.columns, start, stop)
 
-    def inputs(self, patches: Tensor, start: int, stop: int) -> Tensor:
+    def no_class(self, batch: int) -> Tensor:
+        """The labels (B,) of images without a class."""
+        return torch.full((batch,), self.config.classes, device=self.embed.bias.device)
+
+    def inputs(self, patches: Tensor, start: int, stop: int,
+               labels: Tensor | None = None) -> Tensor:
         """The vectors (B, stop - start, dim) that enter at positions start to stop - 1.
 
         At position p that is the patch before it and, with `above`, the patch above it.
+        Labels (2B,) instead of (B,) make two rows of each image, for guidance.
         """
+        labels = self.no_class(len(patches)) if labels is None else labels
         first = max(start, 1)
         steps = [1, self.columns] if self.config.above else [1]
         x = torch.cat([shift(patches, by, first, stop) for by in steps], dim=-1)
-        x = self.embed((2 * x - 1).to(self.start.dtype))          # (B, T, dim)
+        x = self.embed((2 * x - 1).to(self.embed.weight.dtype))   # (B, T, dim)
+        x = x.repeat(len(labels) // len(x), 1, 1)                 # (B or 2B, T, dim)
         if start > 0:
             return x
-        return torch.cat([self.start.expand(len(x), 1, -1), x], dim=1)
+        before = (self.class_embedding(labels) if self.config.classes
+                  else self.start.expand(len(labels), -1))        # (B or 2B, dim)
+        return torch.cat([before[:, None], x], dim=1)
 
-    def check(self, patches: Tensor) -> None:
-        """Raise ValueError if these are not patches (B, t, D) of this model."""
+    def check(self, patches: Tensor, labels: Tensor | None = None) -> None:
+        """Raise ValueError unless patches (B, t, D) and labels (B,) fit this model."""
         if patches.ndim != 3 or len(patches) == 0 or patches.shape[2] != self.values:
             raise ValueError(f"expected patches of {self.values} values, (B, t, "
                              f"{self.values}) with B > 0, found {tuple(patches.shape)}")
+        if labels is not None:
+            if labels.shape != patches.shape[:1] or labels.is_floating_point():
+                raise ValueError(
+                    f"expected labels ({len(patches)},) of whole numbers, one for each "
+                    f"image, found {labels.dtype} of shape {tuple(labels.shape)}")
+            classes = self.config.classes
+            what = f"labels of this model, with {classes} for no class,"
+            check_indices(labels, classes + 1, what)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        self.check(patches)
+    def forward(self, patches: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.check(patches, labels)
+        none = self.no_class(len(patches))
+        labels = none if labels is None else labels               # (B,)
+        if self.training and self.config.classes and self.config.class_dropout:
+            share = self.config.class_dropout
+            dropped = torch.rand(len(labels), device=none.device) < share
+            labels = torch.where(dropped, none, labels)
         if self.training and self.config.noise:
             level = torch.rand(len(patches), 1, 1, device=patches.device)
             patches = patches + self.config.noise * level * torch.randn_like(patches)
-        x = self.inputs(patches, 0, patches.shape[1] + 1)         # (B, t + 1, dim)
+        x = self.inputs(patches, 0, patches.shape[1] + 1, labels)  # (B, t + 1, dim)
         return self.head(self.transformer(x))
 
     def stream(
-        self, prompt: int | Tensor | list[Tensor], temperature: float = 1.0,
+        self, prompt: int | Tensor | list[Tensor], labels: Tensor | None = None,
+        guidance: Guidance | None = None, temperature: float = 1.0,
         generator: torch.Generator | None = None, use_cache: bool = True,
     ) -> Iterator[Tensor]:
         """Continue patches `prompt` (B, t, D), yielding (B, t + 1, D) to (B, T, D).
 
         The prompt may also be a list of patches (t, D) of different lengths, or a
-        number of images to draw from nothing. All yielded tensors are views of one, so
-        copy what you keep. Without the cache the result is the same, but later. The
-        head `mse` has one answer at any temperature.
+        number of images to draw from nothing. With guidance each image is read twice,
+        with its class and without. All yielded tensors are views of one, so copy what
+        you keep. Without the cache the result is the same, but later. The head `mse`
+        has one answer at any temperature.
         """
         for patches in [] if isinstance(prompt, int) else prompt:
             self.check(patches[None])
         canvas, given = start_canvas(
-            prompt, self.length, (self.values,), torch.float32, self.start.device
+            prompt, self.length, (self.values,), torch.float32, self.embed.bias.device
         )
+        self.check(canvas, labels)
+        none = self.no_class(len(canvas))
+        rows = none if labels is None else labels.to(none.device)         # (B,)
+        if guidance is not None and guidance.scale == 1:
+            guidance = None
+        if guidance is not None:
+            if labels is None or not self.config.classes:
+                raise ValueError(
+                    "guidance needs labels and a model with classes, found "
+                    f"{'no' if labels is None else 'some'} labels and "
+                    f"{self.config.classes} classes")
+            rows = torch.cat([rows, none])                                # (2B,)
 
         def embed(start: int, stop: int) -> Tensor:
-            return self.inputs(canvas, start, stop)
+            return self.inputs(canvas, start, stop, rows)
+
+        def head(hidden: Tensor) -> Tensor:
+            outputs = self.head(hidden)
+            return outputs if guidance is None else self.head.share_scales(outputs)
 
         def choose(outputs: Tensor, position: int) -> Tensor:
             left, above = self.context(canvas, position, position + 1)
             context = left[:, 0], above[:, 0]                     # (B, D) each
             return self.head.sample(outputs, context, temperature, generator)
 
-        yield from autoregress(
-            self, canvas, given, embed=embed, head=self.head, choose=choose,
-            use_cache=use_cache,
-        )
+        return autoregress(self, canvas, given, embed=embed, head=head, choose=choose,
+                           guidance=guidance, use_cache=use_cache)
 
     def stream_images(
-        self, prompt: int | Tensor | list[Tensor], blank: float = 0.5, **options
+        self, prompt: int | Tensor | list[Tensor], labels: Tensor | None = None,
+        blank: float = 0.5, **options,
     ) -> Iterator[Tensor]:
         """The images (B, 3, H, W) as they grow; patches still to come are `blank`."""
-        for patches in self.stream(prompt, **options):
+        for patches in self.stream(prompt, labels, **options):
             missing = self.length - patches.shape[1]
             yield self.decode(F.pad(patches, (0, 0, 0, missing), value=blank))
 
-    def generate_images(self, prompt: int | Tensor | list[Tensor], **options) -> Tensor:
+    def generate_images(self, prompt: int | Tensor | list[Tensor],
+                        labels: Tensor | None = None, **options) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] from their first patches; options of `stream`.
 
         A number draws so many images from nothing, `encode(images[:, :, : H // 2])`
         gives top halves to complete, and the published model starts with one patch.
         """
-        return self.decode(last(self.stream(prompt, **options)))
+        return self.decode(last(self.stream(prompt, labels, **options)))
 
 # %% ../nbs/03_patchgpt.ipynb #21db5b7a
 def next_patch_loss(model: PatchGPT, batch) -> Tensor:
     """The head's loss for each patch given the ones before it, a mean over all values.
 
-    `batch.image` holds images (B, 3, H, W) in [0, 1].
+    `batch.image` holds images (B, 3, H, W) in [0, 1], and `batch.label` their classes
+    (B,), which a model with classes is given.
     """
     patches = model.encode(batch.image)                           # (B, T, D)
     context = model.context(patches, 0, model.length)
-    return model.head.loss(model(patches[:, :-1]), patches, context)
+    outputs = model(patches[:, :-1], known_labels(model, batch))
+    return model.head.loss(outputs, patches, context)
 
 
-def expected_patches(model: PatchGPT, patches: Tensor) -> Tensor:
+def known_labels(model: PatchGPT, batch) -> Tensor | None:
+    """The labels (B,) of a batch for a model with classes; for others None."""
+    return batch.label if model.config.classes else None
+
+
+def expected_patches(model: PatchGPT, patches: Tensor,
+                     labels: Tensor | None = None) -> Tensor:
     """The expected value of each patch of (B, T, D) given the real ones before it."""
     context = model.context(patches, 0, model.length)
-    return model.head.mean(model(patches[:, :-1]), context)
+    return model.head.mean(model(patches[:, :-1], labels), context)
 
 
 def next_patch_error(model: PatchGPT, batch) -> Tensor:
     """The mean squared error of the expected patches, for values in [0, 1]."""
     patches = model.encode(batch.image)
-    return F.mse_loss(expected_patches(model, patches), patches)
+    expected = expected_patches(model, patches, known_labels(model, batch))
+    return F.mse_loss(expected, patches)
 
 # %% ../nbs/03_patchgpt.ipynb #c2ed0e1a
 @torch.inference_mode()
 def exposure_bias(
     model: PatchGPT, images: Tensor, given: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The error of each patch after real patches, and after the model's own.
 
@@ -485,11 +585,12 @@ def exposure_bias(
     its expected value, from real ones. The second is free running: everything after
     the first `given` patches is drawn.
     """
-    was_training = model.training
+    was_training, device = model.training, model.embed.bias.device
     model.eval()
-    patches = model.encode(images.to(model.start.device))
-    forced = expected_patches(model, patches)
-    drawn = model.generate_images(patches[:, :given], generator=generator)
+    patches = model.encode(images.to(device))
+    labels = None if labels is None else labels.to(device)
+    forced = expected_patches(model, patches, labels)
+    drawn = model.generate_images(patches[:, :given], labels, generator=generator)
     model.train(was_training)
 
     def error(x: Tensor) -> Tensor:

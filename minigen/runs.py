@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from minigen.checkpoints import (
     PACKAGE,
@@ -23,9 +24,10 @@ from minigen.checkpoints import (
     load,
     save_checkpoint,
 )
-from minigen.data import load_dataset
+from minigen.data import Landscapes, load_dataset
 from minigen.devices import hardware, is_main_process, join_processes, pick_device
 from minigen.files import lock_folder, read_json, write_json
+from minigen.metrics import count_flops
 from minigen.training import (
     FitConfig,
     eval_history,
@@ -45,7 +47,7 @@ class RunConfig(FitConfig):
     preset: str = "demo"  # where the other defaults come from
     data: str = "landscapes"  # a data set's name, or a folder of images
     size: int = 32  # side of the square images, in pixels
-    train_images: int = 1600  # how many images to train on
+    train_images: int = 1600  # how many to train on; 0: landscapes, each seen once
     val_images: int = 64  # and to evaluate on
     samples: int = 8  # images to generate at each evaluation
     resume: bool = False  # continue a run that stopped, or return a finished one
@@ -60,6 +62,11 @@ class RunConfig(FitConfig):
 
     def dataset(self, split: str) -> Dataset:
         """The images to train on ("train") or to evaluate on ("val")."""
+        if split == "train" and not self.train_images:
+            if self.data != "landscapes":
+                raise ValueError(f"{self.data} is not endless: give --train-images")
+            length = self.steps * self.batch_size * self.accumulate
+            return Landscapes(self.size, length, seed=self.seed)
         length = self.train_images if split == "train" else self.val_images
         return load_dataset(self.data, self.size, split, length, seed=self.seed)
 
@@ -179,11 +186,23 @@ def _run(script, config, presets, build, device) -> dict:
     result = describe_run(
         command=command_line(script, config, presets[config.preset]), script=script,
         preset=config.preset, minutes=round(last["seconds"] / 60, 2), seed=config.seed,
-        dataset=config.data, metrics=metrics, history=eval_history(log),
-        config=as_json(config)) | extra
+        cost=training_cost(task, config), dataset=config.data, metrics=metrics,
+        history=eval_history(log), config=as_json(config)) | extra
     write_json(config.out / "result.json", result)
     clear_states(config.out)
     return read_json(config.out / "result.json")
+
+
+def training_cost(task: Task, config: RunConfig) -> dict:
+    """What the run took, counted: images, floating-point operations, threads.
+
+    The operations are those of the last step, there and back, times the steps.
+    """
+    items = [task.data[n % len(task.data)] for n in range(2)]  # batch norm needs two
+    batch = send_to_device(default_collate(items), pick_device())
+    seen = config.steps * config.batch_size * config.accumulate
+    return {"images_seen": seen, "threads": torch.get_num_threads(),
+            "flops": count_flops(task.model, task.loss, batch) / len(items) * seen}
 
 
 def command_line(script: str, config: RunConfig, preset: RunConfig) -> str:

@@ -59,14 +59,54 @@ def test_captions_begin_with_the_class_classes_are_balanced_and_every_word_occur
     vocabulary = "mountains forest trees river hills path lake birds waterfall".split()
     labels, seen = np.zeros(len(CLASSES)), set()
     for index in range(900):
-        _, label, caption = render(index, 16)
-        words = caption.split(", ")
+        drawn = render(index, 16)
+        label, words = drawn.label, drawn.words.split(", ")
         assert words[0] == CLASSES[label]
         assert len(set(words)) == len(words)
         labels[label] += 1
         seen.update(words)
+        assert draw_landscape(index, 16, captions="words").caption == drawn.words
     assert seen == set(vocabulary)
     assert 70 < labels.min() <= labels.max() < 135, labels
+
+
+def test_a_sentence_says_what_was_painted_and_nothing_else():
+    """Each phrase has its word in the short form, and each thing painted is named."""
+    names = {"hills": ("hills",), "mountains": ("mountains",), "lake": ("lake",),
+             "forest": ("forest",), "river": ("river",), "path": ("path",),
+             "birds": ("birds",), "waterfall": ("waterfall",),
+             "trees": ("trees", "tree", "wood")}
+    moods, seasons = set(), {"winter": 0, "autumn": 0}
+    for index in range(900):
+        drawn = render(index, 16)
+        said, words = set(drawn.caption.split()), drawn.words.split(", ")
+        for word, forms in names.items():
+            beside = word == "trees" and words[0] == "waterfall"   # a tree is no wood
+            assert (word in words) == bool(said & set(forms)) or beside, drawn
+        assert not said & {"left", "right"}, "mirrored images keep their captions"
+        assert (drawn.mood == "winter") == ("winter" in said)
+        assert not {"autumn", "winter"} <= said
+        assert "autumn" not in said or {"trees", "forest"} & set(words)
+        for season in seasons:
+            seasons[season] += season in said
+        ending = drawn.caption.split(" in autumn")[0].split()[-2:]
+        moods.add((drawn.mood, " ".join(ending)))
+    assert {mood for mood, _ in moods} == {mood.name for mood in MOODS}
+    endings = {end for mood, end in moods if mood != "day"}
+    assert len(endings) == len(moods) - 2, "each mood has its own phrase"
+    assert min(seasons.values()) > 40
+
+
+def test_captions_have_two_forms_and_a_wrong_one_is_named(tmp_path):
+    said = {form: load_dataset("landscapes", 16, length=3, root=tmp_path, captions=form)
+            for form in ("sentence", "words")}
+    assert said["sentence"][2].caption == render(2, 16).caption
+    assert said["words"][2].caption == render(2, 16).words
+    assert said["words"].moods[2] == render(2, 16).mood
+    again = pickle.loads(pickle.dumps(said["words"]))
+    assert again[2].caption == render(2, 16).words
+    with pytest.raises(ValueError, match="captions must be 'sentence' or 'words'"):
+        Landscapes(captions="poem")
 
 
 def test_same_item_in_another_process_and_in_another_order():
@@ -83,9 +123,9 @@ def test_every_class_and_mood_can_be_drawn_without_numerical_trouble():
     with np.errstate(all="raise", under="ignore"):
         for label in range(len(CLASSES)):
             for mood in range(len(MOODS)):
-                pixels, drawn, _ = render(7 * label + mood, 32, label=label, mood=mood)
-                assert drawn == label
-                assert pixels.std() > 3
+                drawn = render(7 * label + mood, 32, label=label, mood=mood)
+                assert (drawn.label, drawn.mood) == (label, MOODS[mood].name)
+                assert drawn.pixels.std() > 3
 
 
 @pytest.mark.parametrize("size", [16, 17, 32, 48, 63, 64, 65, 100, 128, 256, 512])

@@ -98,11 +98,23 @@ class Patches(Pixels):
         random = torch.Generator().manual_seed(seed)
         return torch.randint(256, shape, generator=random) / 255
 
+    def labels(self, batch, device=None):
+        return torch.full((batch,), 1, device=device) if self.config.classes else None
+
     def outputs(self, model, parts):
-        return model(parts[:, :-1])
+        return model(parts[:, :-1], self.labels(len(parts), parts.device))
 
     def loss(self, model, parts):
-        return next_patch_loss(model, SimpleNamespace(image=model.decode(parts)))
+        label = self.labels(len(parts), parts.device)
+        batch = SimpleNamespace(image=model.decode(parts), label=label)
+        return next_patch_loss(model, batch)
+
+    def stream(self, model, prompt, **options):
+        guidance = Guidance(2.0) if self.config.classes else None
+        if isinstance(prompt, int):  # the model moves what is on the CPU
+            return model.stream(prompt, self.labels(prompt), guidance, **options)
+        labels = self.labels(len(prompt), prompt[0].device) if len(prompt) else None
+        return model.stream(prompt, labels, guidance, **options)
 
 
 class Codes(Pixels):
@@ -172,7 +184,7 @@ LLAMA = {"norm": "rms", "mlp": "swiglu", "mlp_multiple": 8, "positions": "rope2d
 
 
 def patches(factor=0.2, **options):
-    small = {"height": 6, "width": 8, "patch_size": 2}
+    small = {"height": 6, "width": 8, "patch_size": 2, "class_dropout": 0.0}
     config = PatchGPTConfig(**TINY | small | options)
     return Patches(config, PatchGPT, 1, config.head != "mse", factor)
 
@@ -200,8 +212,9 @@ MODELS = {
     "patchgpt-last": patches(above=False, positions="learned"),
     "patchgpt-gaussian": patches(head="gaussian", mixtures=2, factor=0.7),
     "patchgpt-logistic": patches(head="logistic", mixtures=2, factor=0.7),
+    "patchgpt-classes": patches(head="logistic", mixtures=2, classes=3, factor=0.7),
     "patchgpt-independent": patches(
-        head="logistic", mixtures=3, neighbors=False, factor=0.7),
+        head="logistic", mixtures=3, neighbors=False, shared=False, factor=0.7),
     "imagegpt": codes(),
     "imagegpt-classes": codes(classes=3),
     "imagegpt-llama": codes(classes=3, **LLAMA | {"dim": 24}),
@@ -525,8 +538,9 @@ CHANGED = {  # a value other than the default for every field of every configura
     "depth": 3, "heads": 3, "dim": 24, "dropout": 0.25, "bias": True, "norm": "rms",
     "mlp": "swiglu", "mlp_multiple": 8, "positions": "rope2d", "vocab_size": 12,
     "block_size": 12, "columns": 4, "size": 4, "bits": 1, "patch_size": 2,
-    "head": "gaussian", "mixtures": 2, "neighbors": False, "above": False, "noise": 0.5,
-    "height": 6, "width": 4, "codebook_size": 20, "classes": 3, "class_dropout": 0.5,
+    "head": "gaussian", "mixtures": 2, "neighbors": False, "shared": False,
+    "above": False, "noise": 0.5, "height": 6, "width": 4, "codebook_size": 20,
+    "classes": 3, "class_dropout": 0.5,
     "tokenizer": "somewhere", "fingerprint": "0123456789abcdef", "downsample": 4,
     "channels": 12, "blocks": 2, "z_channels": 9, "quantizer": "fsq", "codebook_dim": 2,
     "normalize": True, "kmeans": False, "dead_code_threshold": 0.5, "decay": 0.5,

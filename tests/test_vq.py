@@ -4,6 +4,7 @@ What holds for every model is in test_models.py.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -28,10 +29,17 @@ from minigen.__main__ import main
 from minigen.checkpoints import load, save_checkpoint
 from minigen.codes import load_tokenizer
 from minigen.data import load_dataset
+from minigen.features import LOSS_NETWORK, FeatureConfig, FeatureNetwork
 from minigen.runs import shipped_result
 from minigen.train import vq as script
 from minigen.vq import FSQ, LLAMAGEN, VectorQuantizer, VQConfig, VQModel, nearest_code
-from minigen.vqgan import VQGAN, PerceptualLoss, adaptive_weight, hinge_loss
+from minigen.vqgan import (
+    VQGAN,
+    FeatureLoss,
+    PerceptualLoss,
+    adaptive_weight,
+    hinge_loss,
+)
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "data/checkpoints"
 SMALL = VQConfig(downsample=4, channels=8, z_channels=8, codebook_size=32,
@@ -612,6 +620,40 @@ def test_the_discriminator_rates_patches(size):
     assert logits.shape[:2] == (2, 1)
     assert logits.shape[2] > 1
     assert_close(discriminator(x[:1]), logits[:1], msg="each image is rated by itself")
+
+
+@pytest.mark.parametrize("body", ["plain", "residual"])
+def test_the_feature_loss_is_the_distance_of_unit_vectors_at_each_depth(body):
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureConfig(body=body, widths=(8, 16), dim=8, size=32))
+    loss = FeatureLoss(network.eval())
+    x = (2 * images(2, 3, 32, 32) - 1).requires_grad_()
+    y = 2 * images(2, 3, 32, 32, seed=1) - 1
+    value, total = loss(x, y), 0.0
+    value.backward()
+    assert x.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in network.parameters())
+    with torch.no_grad():
+        pairs = zip(network.layers((x + 1) / 2), network.layers((y + 1) / 2))
+    for a, b in pairs:
+        squares = (a / a.norm(dim=1, keepdim=True) - b / b.norm(dim=1, keepdim=True))
+        total += squares.square().sum(1).mean() / 2
+    assert_close(value.detach(), total, rtol=1e-3, atol=1e-5)
+    assert loss(y, y) == 0
+    assert copy.deepcopy(loss) is loss, "shared with the averaged model"
+
+
+def test_losses_of_a_tokenizer_are_chosen_and_not_saved():
+    x, model = images(2, 3, 32, 32), small()
+    made = model.eval()(x)
+    plain = F.l1_loss(2 * made.images, 2 * x) + made.loss
+    assert_close(VQGAN(model, "l1").eval()(x), plain)
+    with_features = VQGAN(model, "l1", features=0.1).eval()
+    assert with_features(x) > plain
+    assert set(with_features.state_dict()) == set(VQGAN(model).state_dict())
+    shipped = load(LOSS_NETWORK, FeatureNetwork)
+    network = with_features.distances[0][1].network
+    assert network.fingerprint() == shipped.fingerprint()
 
 
 VGG = torchvision.models.VGG16_Weights.IMAGENET1K_V1.__class__

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from minigen.checkpoints import load
-from minigen.data import load_dataset
+from minigen.data import Item, load_dataset
 from minigen.devices import pick_device
 from minigen.patchgpt import (
     PatchConfig,
@@ -22,6 +23,7 @@ from minigen.patchgpt import (
 from minigen.pixelgpt import image_statistics
 from minigen.runs import TINY, RunConfig, Task, presets, run
 from minigen.runs import SampleOptions as Options
+from minigen.sampling import Guidance
 from minigen.show import save_grid
 from minigen.training import evaluate
 
@@ -32,6 +34,8 @@ class Config(RunConfig, PatchConfig):
 
     size: int = 16  # side of the square images, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "logistic"  # one guess or a mixture
+    labels: bool = True  # give the model the classes, if the data set has any
+    guidance: float = 2.0  # scale of the guidance at the evaluations
     depth: int = 4  # blocks, one after the other
     heads: int = 4  # attention heads in each block
     dim: int = 128  # width of the residual stream
@@ -53,51 +57,82 @@ PRESETS = presets(
          "eval_steps": (50, 100, 200, 400, 800, 1600, 3000, 5000)},
     full=LARGE | {"lr": 1e-3, "ema": 0.999},  # one GPU
     # the document's model with its mistakes corrected
-    paper=LARGE | {"lr": 3e-4, "head": "mse", "above": False, "positions": "learned"},
+    paper=LARGE | {"lr": 3e-4, "head": "mse", "above": False, "positions": "learned",
+                   "labels": False},
 )
+
+
+def without_class(model: PatchGPT, batch: Item) -> Tensor:
+    """`next_patch_loss` of a model that is not given the classes."""
+    labels = torch.full_like(batch.label, model.config.classes)
+    return next_patch_loss(model, batch._replace(label=labels))
 
 
 def build(config: Config, device: torch.device) -> Task:
     """The model of chapter 3 and its data.
 
-    The upper row of an image file is drawn from nothing; the lower one completes the
-    top halves of validation images.
+    The upper row of an image file is drawn from nothing, one class after the other; the
+    lower one completes the top halves of validation images. `classes.png` has a row for
+    each class, of at most sixteen.
     """
-    shape = config.select(PatchGPTConfig, height=config.size, width=config.size)
-    model = PatchGPT(shape).to(device)
-    val = config.dataset("val")
+    train, val, columns = config.dataset("train"), config.dataset("val"), config.samples
+    classes = len(train.classes) if config.labels and len(train.classes) > 1 else 0
+    guidance = Guidance(config.guidance) if classes else None
+    model = PatchGPT(config.select(
+        PatchGPTConfig, height=config.size, width=config.size, classes=classes))
+    model.to(device)
     images = torch.stack([item.image for item in val])
-    tops = model.encode(images[: config.samples])[:, : model.length // 2]
+    known = torch.tensor([item.label for item in val])
+    tops = model.encode(images[:columns])[:, : model.length // 2]
 
     def seeded() -> torch.Generator:
         return torch.Generator(device).manual_seed(config.seed)
 
-    def measure(model: PatchGPT, step: int) -> dict:
+    def draw(model: PatchGPT, name: str, *rows: tuple[int | Tensor, Tensor]) -> Tensor:
         generator = seeded()
-        drawn, completed = (model.generate_images(prompt, generator=generator).cpu()
-                            for prompt in (len(tops), tops))
-        save_grid(torch.cat([drawn, completed]), config.out / f"step-{step:05d}.png",
-                  columns=len(tops), scale=max(1, 128 // config.size))
+        drawn = [model.generate_images(
+            prompt, labels if classes else None, guidance=guidance,
+            generator=generator).cpu() for prompt, labels in rows]
+        save_grid(torch.cat(drawn), config.out / name, columns=columns,
+                  scale=max(1, 128 // config.size))
+        return drawn[0]
+
+    def measure(model: PatchGPT, step: int) -> dict:
+        labels = torch.arange(len(tops)) % max(1, classes)
+        drawn = draw(model, f"step-{step:05d}.png", (len(tops), labels),
+                     (tops, known[: len(tops)]))
         error = evaluate(model, val, next_patch_error, config.batch_size)
         return {"val_error": 255 * error**0.5} | image_statistics(drawn, images)
 
-    def summarize(model: PatchGPT, last: dict) -> dict:
-        real, drawn = exposure_bias(model, images[:64], tops.shape[1], seeded())
+    def seconds(model: PatchGPT, **options) -> float:
         start = time.perf_counter()
-        model.generate_images(1, generator=seeded())
-        metrics = {"seconds_per_image": time.perf_counter() - start,
+        model.generate_images(1, generator=seeded(), **options)
+        return time.perf_counter() - start
+
+    def summarize(model: PatchGPT, last: dict) -> dict:
+        real, drawn = exposure_bias(model, images[:64], tops.shape[1], seeded(),
+                                    known[:64] if classes else None)
+        metrics = {"seconds_per_image": seconds(model),
                    "error_in_levels": last["val_error"]}
         if config.head != "mse":
             metrics["bits_per_dimension"] = last["val_loss"] / math.log(2)
+        if classes:
+            labels = torch.arange(min(classes, 16)).repeat_interleave(columns)
+            draw(model, "classes.png", (len(labels), labels))
+            metrics["seconds_per_image_guided"] = seconds(
+                model, labels=labels[:1], guidance=Guidance(2.0))
+            loss = evaluate(model, val, without_class, config.batch_size)
+            if config.head != "mse":
+                metrics["bits_per_dimension_without_class"] = loss / math.log(2)
         for name in ("correlation_along_rows", "correlation_along_columns"):
             metrics[name] = last[name]
         errors = {"after_real_patches": real, "after_drawn_patches": drawn}
         errors = {name: error.tolist() for name, error in errors.items()}
         return metrics | {"extra": {"exposure_bias": errors}}
 
-    return Task(model=model, data=config.dataset("train"), val=val,
-                loss=next_patch_loss, evaluate=measure, summarize=summarize,
-                parts="patches", parts_per_image=model.length)
+    return Task(model=model, data=train, val=val, loss=next_patch_loss,
+                evaluate=measure, summarize=summarize, parts="patches",
+                parts_per_image=model.length)
 
 
 def main(config: Config) -> dict:
@@ -109,21 +144,42 @@ def main(config: Config) -> dict:
 class SampleOptions(Options):
     """Images drawn by a checkpoint of chapter 3."""
 
-    start: Literal["nothing", "patch", "half"] = "nothing"  # what is given
+    start: Literal["nothing", "patch", "half"] = "nothing"  # what is given, of `data`
+    label: int | None = None  # class of all images; else each in turn, or `data`'s
+    guidance: float = 1.0  # how much more of the class: 1 is none, 0 forgets the class
+
+
+def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
+    """Images (N, 3, H, W) by the model that `load(checkpoint)` finds, and their labels.
+
+    The labels (N,) are None if the model has no classes. At most 100 images are drawn
+    at a time.
+    """
+    device, count = pick_device(), options.count
+    model = load(checkpoint, PatchGPT).to(device)
+    prompt, labels = None, torch.arange(count) % max(1, model.config.classes)
+    if options.start != "nothing":
+        given = 1 if options.start == "patch" else model.length // 2
+        val = load_dataset(options.data, model.config.height, "val", count)
+        chosen = [val[n % len(val)] for n in range(count)]  # a small folder repeats
+        prompt = model.encode(torch.stack([item.image for item in chosen]))[:, :given]
+        labels = torch.tensor([item.label for item in chosen])
+    if options.label is not None:
+        labels = torch.full((count,), options.label)
+    elif not model.config.classes:
+        labels = None
+    generator, drawn = torch.Generator(device).manual_seed(options.seed), []
+    for part in torch.arange(count).split(100):
+        drawn.append(model.generate_images(
+            len(part) if prompt is None else prompt[part],
+            None if labels is None else labels[part],
+            guidance=Guidance(options.guidance), temperature=options.temperature,
+            generator=generator).cpu())
+    return torch.cat(drawn), labels
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
     """Draw a grid of images with the model that `load(checkpoint)` finds."""
-    device = pick_device()
-    model = load(checkpoint, PatchGPT).to(device)
-    prompt = options.count
-    if options.start != "nothing":
-        given = 1 if options.start == "patch" else model.length // 2
-        val = load_dataset(options.data, model.config.height, "val", options.count)
-        patches = model.encode(torch.stack([item.image for item in val]))[:, :given]
-        prompt = patches[torch.arange(options.count) % len(patches)]
-    images = model.generate_images(
-        prompt, temperature=options.temperature,
-        generator=torch.Generator(device).manual_seed(options.seed))
-    save_grid(images.cpu(), options.out, scale=options.scale, columns=options.columns)
+    images, _ = draw(checkpoint, options)
+    save_grid(images, options.out, scale=options.scale, columns=options.columns)
     return options.out

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,13 @@ class Config(RunConfig, VQConfig):
     """A run of chapter 4. Every field is an option of the command line."""
 
     init: str = ""  # a tokenizer of the same shape whose weights to start from
+    pixels: Literal["l1", "l2"] = "l1"  # absolute or squared error of the pixels
+    features: float = 0.1  # weight of the distance of a small network's features
     perceptual: float = 0.0  # weight of LPIPS, which downloads VGG's weights; 0: none
     adversarial: float = 0.0  # weight of the discriminator; 0: none
     adversarial_start: int = 0  # steps before the discriminator begins
-    adversarial_channels: int = 64  # width of the discriminator's first layer
+    adversarial_channels: int = 32  # width of the discriminator's first layer
+    adversarial_layers: int = 2  # its halvings: a logit sees 16, 34 or 70 pixels
     weight_decay: float = 0.05  # on matrices only; LlamaGen's
     batch_size: int = 16  # images per batch, over all processes together
     out: Path = Path("runs/vq")  # checkpoint, images and result.json go here
@@ -51,7 +55,8 @@ PRESETS = presets(
     paper=LLAMAGEN | {
         "size": 256, "downsample": 16, "data": "imagenet", "train_images": 1_281_167,
         "val_images": 5000, "steps": 400_000, "batch_size": 128, "lr": 1e-4,
-        "warmup": 1, "perceptual": 1.0, "adversarial": 0.5,
+        "warmup": 1, "pixels": "l2", "features": 0.0, "perceptual": 1.0,
+        "adversarial": 0.5, "adversarial_channels": 64, "adversarial_layers": 3,
         "adversarial_start": 20_000, "save_every": 5000,
         "eval_steps": (1000, 5000, 20_000, 50_000, 100_000, 200_000, 400_000)},
 )
@@ -66,9 +71,9 @@ def build(config: Config, device: torch.device) -> Task:
             raise ValueError(f"{config.init} has another shape than this run: "
                              f"{'; '.join(found)}. Use the options it was trained with")
         model.load_state_dict(start.state_dict())
-    gan = VQGAN(model, config.adversarial, config.perceptual,
-                config.adversarial_start * config.accumulate,
-                config.adversarial_channels, min(3, config.size.bit_length() - 3))
+    gan = VQGAN(model, config.pixels, config.features, config.perceptual,
+                config.adversarial, config.adversarial_start * config.accumulate,
+                config.adversarial_channels, config.adversarial_layers)
     val, tokens = config.dataset("val"), math.prod(model.grid(config.size, config.size))
     images = torch.stack([item.image for item in val])
     shown = images[: config.samples]
@@ -84,7 +89,8 @@ def build(config: Config, device: torch.device) -> Task:
         return quality | {"tokens_per_image": tokens,
                           "bits_per_pixel": bits / config.size**2}
 
-    settings = ("perceptual", "adversarial", "adversarial_start")
+    settings = ("pixels", "features", "perceptual", "adversarial", "adversarial_start",
+                "adversarial_channels", "adversarial_layers")
     return Task(model=gan.to(device), data=config.dataset("train"), val=val,
                 loss=tokenizer_loss, evaluate=evaluate, summarize=summarize,
                 keep=lambda gan: gan.model, parts="images",
