@@ -8,13 +8,14 @@ import os
 import pkgutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 COMMANDS = """\
   train CHAPTER     train the model of a chapter, such as `train pixelgpt --preset demo`
   sample MODEL      generate images with a run's folder, a shipped model, or the hub's
+  evaluate X        measure images, or a model's, against real ones: distances and more
   extract-codes     encode a data set or a folder of images once, to train on the codes
   info [MODEL]      what this machine has, the chapters and their presets; or a model
   ship RUN          copy a finished run into the repository's data/
@@ -67,8 +68,10 @@ def train(arguments: list[str]) -> None:
     end_processes()
     if is_main_process():
         print(json.dumps(result["metrics"], indent=1))
-        print(f"{config.out} holds the checkpoint, images and result.json. Generate "
-              f"with: python -m minigen sample {config.out}")
+        use = f"Generate with: python -m minigen sample {config.out}"
+        if not hasattr(module, "sample"):
+            use = f"Measure with: python -m minigen evaluate X --extractor {config.out}"
+        print(f"{config.out} holds the checkpoint, images and result.json. {use}")
 
 
 def end_processes() -> None:
@@ -88,10 +91,123 @@ def sample(arguments: list[str]) -> None:
 
     from minigen.checkpoints import read_config
 
-    module = script(read_config(arguments[0])["model"].split(".")[-2])
+    chapter = read_config(arguments[0])["model"].split(".")[-2]
+    module = script(chapter)
+    if not hasattr(module, "sample"):
+        raise ValueError(f"{arguments[0]} is a model of {chapter}, which draws nothing")
     options = tyro.cli(module.SampleOptions, args=arguments[1:],
                        prog=f"minigen sample {arguments[0]}")
     print(module.sample(arguments[0], options))
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure images against a reference. Of a model, options of `sample` work, too."""
+
+    # a folder, an .npz file, or a data set's name; without it landscapes:val, and for a
+    # tokenizer, which decodes images of val again, landscapes:test
+    reference: str | None = None
+    json: bool = False  # print everything that each figure depends on, for machines
+    count: int | None = None  # how many images; 1000 of a model or a data set, else all
+    extractor: str = "landscapes"  # or landscapes-loss, inception, dinov2, a checkpoint
+    training: str | None = None  # search the nearest training image in these images
+    size: int | None = None  # side to resize images to; else as they are
+    subsets: int = 5  # disjoint parts of the images, for the spread of each figure
+    seed: int = 0  # of what is drawn, and of the subsets
+    save: bool = False  # keep the figures in the result file of the model's run
+
+
+def evaluate(arguments: list[str]) -> None:
+    """python -m minigen evaluate IMAGES [--reference IMAGES] [--json] [options]
+
+    IMAGES: a folder of images, an .npz file with an array arr_0 as ADM writes it, a
+    data set's name such as landscapes:test, or (the first only) a model.
+    """
+    if arguments[:1] in (["-h"], ["--help"]):
+        arguments = ["IMAGES", "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(f"usage: {evaluate.__doc__}")
+    import tyro
+
+    from minigen.data import BUILDERS
+    from minigen.metrics import (
+        evaluate_images,
+        format_report,
+        load_extractor,
+        read_images,
+    )
+    from minigen.runs import keep_evaluation
+
+    source, *rest = arguments
+    options, more = tyro.cli(EvaluateOptions, args=rest, return_unknown_args=True,
+                             prog=f"minigen evaluate {source}")
+    extractor = load_extractor(options.extractor)  # what is missing is said first
+    for images in filter(None, (options.reference, options.training)):
+        if images.partition(":")[0] not in BUILDERS:
+            read_images(images)
+    images, labels, about = measured_images(source, options, more)
+    reference = options.reference or f"landscapes:{about.pop('split', 'val')}"
+    report = about | evaluate_images(
+        images, reference, extractor, labels, options.training,
+        options.subsets, options.seed, options.size)
+    report["images"] = source
+    if options.save:
+        keep_evaluation(source, report)
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(format_report(report))
+    for name, value in about.items():
+        print(f"{name.replace('_', ' ')}: {value:.4g}")
+
+
+def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> tuple:
+    """The images that `evaluate` measures, their labels or None, and what they cost."""
+    from minigen.checkpoints import find_checkpoint, read_config
+    from minigen.data import BUILDERS
+    from minigen.landscapes import CLASSES
+    from minigen.metrics import read_images
+
+    count, path = options.count, Path(source)
+    if source.partition(":")[0] in BUILDERS:
+        count = count or 1000
+    elif not path.suffix == ".npz" and not (
+            path.is_dir() and not (path / "config.json").exists()):
+        try:
+            find_checkpoint(source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{source} is no folder of images, no .npz file and no data set's name "
+                f"({', '.join(BUILDERS)}), and {error}") from error
+        chapter = read_config(source)["model"].split(".")[-2]
+        module = script(chapter)
+        if not hasattr(module, "draw"):
+            raise ValueError(f"{source} is a model of {chapter}, which draws no images "
+                             "to measure")
+        import resource
+
+        import tyro
+
+        known = {field.name for field in fields(module.SampleOptions)}
+        given = {"count": count or 1000, "seed": options.seed}
+        given = {name: value for name, value in given.items() if name in known}
+        drawing = tyro.cli(module.SampleOptions, args=more,
+                           prog=f"minigen evaluate {source}",
+                           default=module.SampleOptions(**given))
+        start = time.perf_counter()
+        images, labels = module.draw(source, drawing)
+        classes = read_config(source).get("classes")
+        if isinstance(classes, int) and classes != len(CLASSES):
+            labels = None  # not those that the feature network names
+        seconds = (time.perf_counter() - start) / len(images)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory /= 2**20 if sys.platform == "darwin" else 2**10  # bytes there
+        about = {"seconds_per_image": seconds, "peak_memory_mb": memory}
+        return images, labels, about | ({"split": "test"} if chapter == "vq" else {})
+    if more:
+        raise ValueError(f"{source} is no model, and there is no option {more[0]}: see "
+                         "`python -m minigen evaluate --help`")
+    return read_images(source, options.size, count), None, {}
 
 
 @dataclass
@@ -207,8 +323,8 @@ def bench(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in words or files is a sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"train": train, "sample": sample, "extract-codes": extract,
-                "info": info, "ship": ship, "bench": bench}
+    commands = {"train": train, "sample": sample, "evaluate": evaluate,
+                "extract-codes": extract, "info": info, "ship": ship, "bench": bench}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m minigen COMMAND ...\n\n{COMMANDS}")
         return 0 if arguments else 2

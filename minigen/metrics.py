@@ -30,24 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-# %% ../nbs/06_measuring.ipynb #06ae0003
-from .checkpoints import load
-from minigen.data import (
-    BUILDERS,
-    ImageDataset,
-    load_dataset,
-    records_of_one_split,
-    to_square,
-)
-from .devices import pick_device
-from minigen.features import (
-    LOSS_NETWORK,
-    MEASURING_NETWORK,
-    MOOD_NAMES,
-    FeatureNetwork,
-    fingerprint,
-)
-
 # %% ../nbs/06_measuring.ipynb #06ae0010
 def bits_per_token(nats: float) -> float:
     """A cross entropy per token, such as a validation loss, from nats to bits."""
@@ -62,7 +44,7 @@ def bits_per_dimension(nats_per_image: float, shape: tuple[int, ...]) -> float:
     """
     return nats_per_image / (math.log(2) * math.prod(shape))
 
-# %% ../nbs/06_measuring.ipynb #06ae0011
+# %% ../nbs/06_measuring.ipynb #06ae0021
 class Statistics(NamedTuple):
     """The mean and the covariance of the features of `n` images, in float64."""
 
@@ -92,7 +74,7 @@ def check_pair(a: Tensor, b: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
                          f"{b.shape[1]}: use one extractor")
     return a, b
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0011
 def statistics(features: Tensor) -> Statistics:
     """The `Statistics` of features (N, d); ValueError unless N is above d."""
     x = check_features(features)
@@ -189,6 +171,24 @@ def precision_recall(features: Tensor, reference: Tensor,
     x, y = check_pair(features, reference, least=k + 1)
     return (covered(x, y, neighbor_radius(y, k)), covered(y, x, neighbor_radius(x, k)))
 
+# %% ../nbs/06_measuring.ipynb #06ae0003
+from .checkpoints import load
+from minigen.data import (
+    BUILDERS,
+    ImageDataset,
+    load_dataset,
+    records_of_one_split,
+    to_square,
+)
+from .devices import pick_device
+from minigen.features import (
+    LOSS_NETWORK,
+    MEASURING_NETWORK,
+    MOOD_NAMES,
+    FeatureNetwork,
+    fingerprint,
+)
+
 # %% ../nbs/06_measuring.ipynb #06ae0014
 def check_images(images: Tensor | list[Tensor]) -> Tensor:
     """Images as float (N, 3, H, W) in [0, 1], or ValueError in one sentence."""
@@ -216,7 +216,7 @@ def in_batches(images: Iterable[Tensor] | Tensor, size: int = 250) -> Iterable[T
     """The parts of one tensor, or the batches that are given."""
     return images.split(size) if isinstance(images, Tensor) else images
 
-# %% ../nbs/06_measuring.ipynb #06ae0015
+# %% ../nbs/06_measuring.ipynb #06ae0030
 class Extractor(nn.Module):
     """A frozen network that turns images into features; a figure names it and its hash.
 
@@ -243,7 +243,7 @@ class Extractor(nn.Module):
             return torch.cat([self.network(part.to(device, torch.float32)).float().cpu()
                               for part in check_images(images).split(64)])
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0031
 def load_extractor(source: str | Path | nn.Module = "landscapes") -> Extractor:
     """A feature extractor by name, by checkpoint, or from a module.
 
@@ -259,9 +259,10 @@ def load_extractor(source: str | Path | nn.Module = "landscapes") -> Extractor:
     if source in ("inception", "dinov2"):
         return Extractor(EightBit(published_network(source)), source)
     own = {"landscapes": MEASURING_NETWORK, "landscapes-loss": LOSS_NETWORK}
-    return Extractor(load(own.get(source, source), FeatureNetwork), str(source))
+    network = load(own.get(source, source), FeatureNetwork)
+    return Extractor(network, Path(source).name)
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0032
 class EightBit(nn.Module):
     """A network of torch-fidelity, which takes 8-bit images, for images in [0, 1]."""
 
@@ -294,7 +295,7 @@ def published_network(name: str) -> nn.Module:
         weights.seek(0)
         return inception.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights)
-    except (URLError, OSError) as error:
+    except (URLError, OSError, RuntimeError) as error:
         size, code = (("96 MB", "") if name == "inception" else (
             "1.2 GB", " and the code of facebookresearch/dinov2 to "
             f"{hub / 'facebookresearch_dinov2_main'}"))
@@ -416,12 +417,14 @@ def count_flops(model: nn.Module, loss: Callable[[nn.Module, object], Tensor],
     where a causal mask halves it. The model and the random state stay as they are.
     """
     model = deepcopy(model).train()
+    # torch leaves out the product that is added in place, as of our cross entropy
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * math.prod(a) * b[1]}
     with (torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH),
-          FlopCounterMode(display=False) as counter):
+          FlopCounterMode(display=False, custom_mapping=in_place) as counter):
         loss(model, batch).backward()
     return counter.get_total_flops()
 
-# %% ../nbs/06_measuring.ipynb #06ae001a
+# %% ../nbs/06_measuring.ipynb #06ae0040
 @dataclass
 class ImageSource:
     """Images of one size, read in batches (b, 3, H, W) whenever it is iterated.
@@ -444,9 +447,9 @@ class ImageSource:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.batches():
-            yield (check_images(batch) * 255).round() / 255
+            yield (check_images(batch) * 255).round().contiguous() / 255
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0041
 def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = None,
                 limit: int | None = None) -> ImageSource:
     """Images from a folder, an .npz file, a tensor, or a data set by name.
@@ -475,7 +478,7 @@ def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = N
             f"set's name ({', '.join(BUILDERS)}), as in landscapes:val")
     return folder_source(path, size, limit)
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0042
 def tensor_source(images: Tensor, size: int | None) -> ImageSource:
     """Images (N, 3, H, W) in [0, 1]."""
     size = size or images.shape[2]
@@ -533,7 +536,7 @@ def folder_source(path: Path, size: int | None, limit: int | None) -> ImageSourc
     return ImageSource(str(path), len(items), size, lambda: dataset_batches(items),
                        labels=labels, classes=tuple(classes))
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0043
 def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
     """The array `arr_0` of a file, read a part at a time; nothing is unpickled."""
     def opened(archive: zipfile.ZipFile) -> tuple[io.BufferedIOBase, tuple, np.dtype]:
@@ -570,7 +573,7 @@ def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
 
     return ImageSource(str(path), count, size, batches)
 
-# %% ../nbs/06_measuring.ipynb #06ae001b
+# %% ../nbs/06_measuring.ipynb #06ae0050
 MOST = 10_000  # images of which the figures that compare all pairs are computed
 
 
@@ -602,7 +605,7 @@ class Measured(NamedTuple):
         """The same of the images with these numbers (n,)."""
         return Measured(*(None if x is None else x[chosen] for x in self))
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0051
 def measure(images: ImageSource, extractor: Extractor) -> Measured:
     """The features and pixel statistics of all images, read once, with a bar."""
     found = [(extractor(batch), pixel_statistics(batch)) for batch in tqdm(
@@ -643,7 +646,7 @@ def compare(ours: Measured, real: Measured,
     order = [frechet, *pairs, *single]
     return {name: found[name] for name in dict.fromkeys(order)}
 
-# %% ../nbs/06_measuring.ipynb #06ae001c
+# %% ../nbs/06_measuring.ipynb #06ae0060
 def floor_source(real: ImageSource, count: int) -> ImageSource | None:
     """Real images outside of the reference, if its data set has another split."""
     name, _, split = real.name.partition(":")
@@ -654,7 +657,7 @@ def floor_source(real: ImageSource, count: int) -> ImageSource | None:
         others = {"val": "train", "test": "train", "train": "val"}
     return read_images(f"{name}:{others[split]}", real.size, count)
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0061
 def evaluate_images(
         images: str | Path | Tensor | ImageSource,
         reference: str | Path | Tensor | ImageSource = "landscapes:val",
@@ -679,6 +682,9 @@ def evaluate_images(
     named = isinstance(reference, str) and reference.partition(":")[0] in BUILDERS
     wanted = max(1000, len(images)) if named else None
     real = read_images(reference, images.size, wanted)
+    if real.size != images.size:
+        raise ValueError(f"expected images of one size, found {images.size} and "
+                         f"{real.size} pixels")
     ours, theirs = measure(images, extractor), measure(real, extractor)
     if labels is not None:
         ours = ours._replace(labels=labels.cpu())
@@ -705,9 +711,9 @@ def evaluate_images(
         values = [part[name][0] for part in parts if name in part]
         spread = float(np.std(values, ddof=1) / len(values)**0.5) if values else None
         floor, floor_n, _ = floors.get(name, (None, None, None))
-        figures[name] = Figure(value, floor, spread, n, m, floor_n,
-                               floor_images if floors else None, real.name, real.split,
-                               extractor.name, extractor.hash)
+        source = None if floor is None else floor_images
+        figures[name] = Figure(value, floor, spread, n, m, floor_n, source, real.name,
+                               real.split, extractor.name, extractor.hash)
     if training is not None:
         figures |= nearest_figures(images, other or real, read_images(
             training, images.size), real, extractor)
@@ -717,7 +723,7 @@ def evaluate_images(
             "seed": seed,
             "figures": {name: figure._asdict() for name, figure in figures.items()}}
 
-
+# %% ../nbs/06_measuring.ipynb #06ae0062
 def nearest_figures(images: ImageSource, control: ImageSource, training: ImageSource,
                     real: ImageSource, extractor: Extractor) -> dict[str, Figure]:
     """Mean distances to the nearest training image, of at most a thousand images."""

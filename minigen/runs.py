@@ -3,7 +3,6 @@ file, and the runs that ship with the repository."""
 
 import json
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,6 +20,7 @@ from minigen.checkpoints import (
     PACKAGE,
     clear_states,
     differences,
+    find_checkpoint,
     load,
     save_checkpoint,
 )
@@ -28,6 +28,7 @@ from minigen.data import Landscapes, load_dataset
 from minigen.devices import hardware, is_main_process, join_processes, pick_device
 from minigen.files import lock_folder, read_json, write_json
 from minigen.metrics import count_flops
+from minigen.show import read_grid, save_grid
 from minigen.training import (
     FitConfig,
     eval_history,
@@ -198,7 +199,7 @@ def training_cost(task: Task, config: RunConfig) -> dict:
 
     The operations are those of the last step, there and back, times the steps.
     """
-    items = [task.data[n % len(task.data)] for n in range(2)]  # batch norm needs two
+    items = [task.data[n] for n in range(min(2, config.batch_size))]
     batch = send_to_device(default_collate(items), pick_device())
     seen = config.steps * config.batch_size * config.accumulate
     return {"images_seen": seen, "threads": torch.get_num_threads(),
@@ -254,16 +255,36 @@ def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
     """Copy a finished run into the repository's folder `data`, under its own name.
 
     The checkpoint goes to `data/checkpoints` in half precision, unless `weights` is
-    False; result and images go to `data/results`.
+    False. The result goes to `data/results`, and images go to contact sheets there:
+    those of the classes, and those of all steps, or of the last one if the weights do
+    not ship.
     """
     result = read_json(run / "result.json")
     if weights:
         save_checkpoint(load(run), data / "checkpoints" / run.name, torch.float16)
-    images = data / "results" / run.name
-    images.mkdir(parents=True, exist_ok=True)
-    for image in run.glob("*.png"):
-        shutil.copy(image, images)
+    config = result["config"]
+    steps = sorted(run.glob("step-*.png"))
+    sheets = {"classes": list(run.glob("classes.png")),
+              "steps": steps if weights else [], "last": [] if weights else steps[-1:]}
+    for name, files in sheets.items():
+        if files:
+            scale = max(1, 128 // config["size"])  # as the scripts save them
+            images = [read_grid(file, config["size"], scale) for file in files]
+            save_grid(torch.cat(images), data / "results" / f"{run.name}-{name}.png",
+                      columns=config["samples"])
     write_json(data / "results" / f"{run.name}.json", result)
+
+
+def keep_evaluation(name: str, report: dict) -> None:
+    """Add the figures of `python -m minigen evaluate` to the result file of a run.
+
+    The run is a folder, or one that ships. FileNotFoundError if it has no result file.
+    """
+    file = Path(name) / "result.json"
+    if not file.exists():
+        file = DATA / "results" / f"{find_checkpoint(name).name}.json"
+    report = report | {"date": date.today().isoformat(), "hardware": hardware()}
+    write_json(file, read_json(file) | {"evaluation": report})
 
 
 def shipped(chapter: str, variant: str) -> str:
@@ -279,6 +300,24 @@ def shipped(chapter: str, variant: str) -> str:
 def shipped_result(name: str) -> dict:
     """The result file of a shipped run."""
     return read_json(DATA / "results" / f"{name}.json")
+
+
+def shipped_steps(name: str) -> dict[int, Tensor]:
+    """The images (B, 3, H, W) in [0, 1] that a shipped run drew, by step."""
+    result = shipped_result(name)
+    steps = [line["step"] for line in result["history"]]
+    sheet = DATA / "results" / f"{name}-steps.png"
+    if not sheet.exists():
+        sheet, steps = sheet.with_name(f"{name}-last.png"), steps[-1:]
+    images = read_grid(sheet, result["config"]["size"])
+    return dict(zip(steps, images.chunk(len(steps)), strict=True))
+
+
+def shipped_classes(name: str) -> Tensor:
+    """The images (classes, samples, 3, H, W) in [0, 1] that a shipped run drew last."""
+    config = shipped_result(name)["config"]
+    sheet = read_grid(DATA / "results" / f"{name}-classes.png", config["size"])
+    return sheet.unflatten(0, (-1, config["samples"]))
 
 
 def shipped_images(name: str) -> Path:

@@ -7,19 +7,23 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
+from minigen import runs
 from minigen.__main__ import chapters, main, script
 from minigen.checkpoints import SHIPPED, load
+from minigen.data import draw_landscape
 from minigen.files import read_json
 from minigen.pixelgpt import PixelGPT, TokenDataset, next_pixel_loss
 from minigen.runs import shipped_result
+from minigen.show import read_grid
 from minigen.training import evaluate
 
 TEST = ("train", "pixelgpt", "--preset", "test")
@@ -110,17 +114,23 @@ def test_info(here, minigen):
     assert re.search(r"[\d,]+ numbers, [\d.]+ MB", about)
 
 
-def test_ship_puts_a_run_into_data(here, minigen):
+def test_ship_puts_a_run_into_data(here, minigen, monkeypatch):
     minigen("ship", "run", "--data", "data")
     about = read_json("data/results/run.json")
     assert about == read_json("run/result.json")
-    assert len(list(Path("data/results/run").glob("*.png"))) == len(about["history"])
+    drawn = [read_grid(file, 16, 8) for file in sorted(Path("run").glob("step-*.png"))]
+    sheet = read_grid("data/results/run-steps.png", 16)
+    assert_close(sheet, torch.cat(drawn), rtol=0, atol=0)
+    monkeypatch.setattr(runs, "DATA", Path("data"))
+    assert_close(runs.shipped_steps("run"), dict(zip((1, 3), drawn)), rtol=0, atol=0)
     half, whole = (Path(folder, "model.safetensors").stat().st_size
                    for folder in ("data/checkpoints/run", "run"))
     assert half < 0.6 * whole
     minigen("sample", "data/checkpoints/run", "--count", 2, "--out", "shipped.png")
     minigen("ship", "run", "--data", "light", "--without-weights")
     assert Path("light/results/run.json").exists()
+    monkeypatch.setattr(runs, "DATA", Path("light"))
+    assert_close(runs.shipped_steps("run"), {3: drawn[1]}, rtol=0, atol=0)
     assert not Path("light/checkpoints").exists()
 
 
@@ -134,6 +144,28 @@ def test_shipped_checkpoints_give_the_loss_of_their_result(name):
     val = TokenDataset(config.dataset("val"), model.tokenizer)
     loss = evaluate(model, val, next_pixel_loss, config.batch_size)
     assert loss == pytest.approx(about["metrics"]["val_loss"], abs=2e-3)
+
+
+def test_endless_data_shows_each_landscape_once():
+    config = replace(script("pixelgpt").PRESETS["test"], train_images=0, accumulate=2)
+    data = config.dataset("train")
+    assert len(data) == config.steps * config.batch_size * 2
+    assert_close(data[5].image, draw_landscape(5, config.size).image)
+    assert len(config.dataset("val")) == config.val_images
+    with pytest.raises(ValueError, match="cifar10 is not endless: give --train-images"):
+        replace(config, data="cifar10").dataset("train")
+
+
+def test_the_cost_of_a_run_is_counted(here):
+    """Four operations of matrices in a linear layer there and back, and no others."""
+    result = read_json("run/result.json")
+    cost, config = result["cost"], result["config"]
+    assert cost["images_seen"] == config["steps"] * config["batch_size"]
+    T, D, V = config["size"] ** 2 - 1, config["dim"], 2 ** (3 * config["bits"])
+    linear = config["depth"] * 12 * D**2 + V * D
+    attention = config["depth"] * 2 * D * T  # in full, though half of it is masked
+    expected = 6 * T * (linear + attention) * cost["images_seen"]
+    assert cost["flops"] == pytest.approx(expected, rel=0.02)
 
 
 # ---- words
@@ -182,9 +214,13 @@ def test_mistakes_are_one_sentence(arguments, message, minigen, tmp_path, monkey
 @pytest.mark.parametrize("chapter", chapters())
 def test_every_script_has_the_same_parts(chapter):
     module = script(chapter)
-    assert {"test", "demo", "full", "paper"} <= set(module.PRESETS)
+    published = {"paper"} if chapter != "features" else set()  # which is ours
+    assert {"test", "demo", "cpu", "full"} | published == set(module.PRESETS)
     assert all(config.preset == name for name, config in module.PRESETS.items())
-    for part in ("build", "main", "sample", "SampleOptions"):
+    parts = ["build", "main"]
+    if chapter != "features":  # it looks at images and draws none
+        parts += ["draw", "sample", "SampleOptions"]
+    for part in parts:
         assert callable(getattr(module, part))
 
 
@@ -316,3 +352,17 @@ def test_bench_of_gpt(minigen):
     cases = [row["case"] for row in bench(minigen, "gpt")]
     for part in ("cached against", "largest difference", "multinomial"):
         assert any(part in case for case in cases)
+
+
+def test_sweep_of_sampling_settings(minigen, monkeypatch):
+    from minigen.bench import sweep
+
+    assert len({str(setting) for setting in sweep.SETTINGS}) == len(sweep.SETTINGS) > 9
+    noise = torch.rand(72, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sweep, "draw", lambda name, options: (
+        noise, torch.arange(options.count) % 9))
+    rows = {row["unit"] + row["case"]: row for row in bench(minigen, "sweep")}
+    assert set(rows) == {"FDguidance 1.0", "accuracyguidance 1.0", "FDreal images"}
+    noise, real = rows["FDguidance 1.0"]["value"], rows["FDreal images"]["value"]
+    assert noise > 5 * real, "noise is no landscape"
+    assert rows["accuracyguidance 1.0"]["value"] < 0.5

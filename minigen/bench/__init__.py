@@ -108,7 +108,8 @@ def main(arguments: list[str]) -> None:
         "minigen bench", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"which to run: {', '.join(names)}; all without a name")
+                        help=f"which to run: {', '.join(names)}; all but sweep, which "
+                             "takes an hour, without a name")
     parser.add_argument("--quick", action="store_true",
                         help="shorter sequences and fewer repetitions")
     parser.add_argument("--json", action="store_true",
@@ -118,7 +119,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"there is no benchmark {', '.join(sorted(unknown))}: choose "
                          f"from {', '.join(names)}")
     table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick)
-             for name in options.names or names}
+             for name in options.names or [name for name in names if name != "sweep"]}
     if options.json:
         rows = [asdict(row) | {"reached": row.reached, "benchmark": name}
                 for name, found in table.items() for row in found]
