@@ -75,7 +75,7 @@ class PatchConfig(TransformerConfig):
     head: Literal["mse", "gaussian", "logistic"] = "mse"  # one guess, or a distribution
     mixtures: int = 8  # K: components; PixelCNN++ finds 5 enough, GIVT takes 16
     neighbors: bool = True  # logistic: a pixel sees the ones to its left and above it
-    shared: bool = True  # logistic: one component for a patch; else one for each pixel
+    shared: bool = True  # logistic: a patch makes one choice that its pixels share
     above: bool = True  # read the patch above the next one too, not just the last patch
     noise: float = 0.0  # highest standard deviation of noise on patches in training
     class_dropout: float = 0.1  # share of labels left out in training, for guidance
@@ -136,16 +136,6 @@ class Head(nn.Module):
         """The mean negative log likelihood, in nats per value."""
         return -self.log_prob(outputs, patches, context).mean() / self.D
 
-    def share_scales(self, outputs: Tensor) -> Tensor:
-        """Outputs (2B, ...), with the scales of the first half in both.
-
-        So guidance, which extrapolates from the second half to the first, leaves them.
-        """
-        outputs = outputs.clone()
-        conditional, unconditional = map(self.parts, outputs.chunk(2))
-        unconditional[2].copy_(conditional[2])  # logits, means, log scales, ...
-        return outputs
-
 
 class SquaredErrorHead(Head):
     """One guess for the next patch, trained by its squared error."""
@@ -157,9 +147,6 @@ class SquaredErrorHead(Head):
     def loss(self, outputs: Tensor, patches: Tensor, context: Context) -> Tensor:
         """The mean squared error of a value."""
         return F.mse_loss(outputs.float(), patches)
-
-    def share_scales(self, outputs: Tensor) -> Tensor:
-        return outputs  # there are none
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
         return outputs.float().clamp(0, 1)
@@ -256,36 +243,38 @@ class GaussianMixtureHead(Head):
 
 # %% ../nbs/03_patchgpt.ipynb #25473415
 class LogisticMixtureHead(Head):
-    """A mixture of K logistics; red moves green, and both move blue.
+    """Mixtures of K logistics for pixels; red moves green, and both move blue.
 
-    As in PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), but for two things.
-    With `neighbors` the pixel to the left and the one above move all three channels as
-    well, within the patch or across its border. With `shared` one component is chosen
-    for all pixels of a patch, and without it each pixel chooses its own.
+    So far this is PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), and each
+    pixel chooses among its components by itself. With `neighbors` the pixel to the left
+    and the one above move all three channels as well, within the patch or across its
+    border. With `shared` the patch first makes one of J = K choices, and the weights of
+    the components of all its pixels follow from it; without, J is 1.
     """
 
     def __init__(self, config: PatchConfig):
-        # three values each: means; log scales; red on green, red and green on blue;
-        # and with neighbors, the pixel to the left; the pixel above
-        values = 15 if config.neighbors else 9
-        logits = 1 if config.shared else config.patch_size**2
-        super().__init__(
-            config, config.mixtures * (logits + config.patch_size**2 * values))
         self.neighbors, self.shared = config.neighbors, config.shared
+        self.J = config.mixtures if config.shared else 1
+        # for a component: weight in each choice; means; log scales; red on green, red
+        # and green on blue; and with neighbors, the pixel to the left; the pixel above
+        self.sizes = (self.J, *[3] * (5 if config.neighbors else 3))
+        self.logits = self.J if config.shared else 0  # one choice needs none
+        pixels = config.patch_size**2 * config.mixtures * sum(self.sizes)
+        super().__init__(config, self.logits + pixels)
         with torch.no_grad():
-            _, mean, log_scale, *_ = self.parts(self.out.bias)
+            _, weights, mean, log_scale, *_ = self.parts(self.out.bias)
             mean.copy_(torch.linspace(-0.8, 0.8, self.K)[:, None])
             log_scale.fill_(-1.5)
+            if config.shared:  # start the choices apart, too
+                weights.copy_(torch.eye(self.K))
 
     def parts(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits (..., K), or (..., P*P, K) if each pixel has its own; then means, log
-        scales and coefficients, each (..., P*P, K, 3)."""
-        if self.shared:
-            logits, outputs = outputs[..., : self.K], outputs[..., self.K :]
+        """Logits of the choices (..., J or 0) and of components (..., P*P, K, J); then
+        means, log scales and coefficients, each (..., P*P, K, 3)."""
+        rest = outputs.shape[-1] - self.logits
+        choice, outputs = outputs.split([self.logits, rest], dim=-1)
         outputs = outputs.unflatten(-1, (self.P**2, self.K, -1))
-        if not self.shared:
-            logits, outputs = outputs[..., 0], outputs[..., 1:]
-        return logits, *outputs.split(3, dim=-1)
+        return choice, *outputs.split(self.sizes, dim=-1)
 
     def grid(self, patches: Tensor) -> Tensor:
         """Patches (..., D) in [0, 1] to their pixels (..., P, P, 3) in [-1, 1]."""
@@ -298,7 +287,8 @@ class LogisticMixtureHead(Head):
 
     def log_prob(self, outputs: Tensor, patches: Tensor, context: Context) -> Tensor:
         """Log probability (...) in nats of 8-bit patches (..., D) in [0, 1]."""
-        logits, mean, log_scale, channel, *coefficients = self.parts(outputs.float())
+        choice, weights, mean, log_scale, channel, *coefficients = (
+            part.float() for part in self.parts(outputs))
         grid = self.grid(patches)                                 # (..., P, P, 3)
         values = rearrange(grid, "... p q c -> ... (p q) 1 c")
         r, g, _ = values.unbind(-1)
@@ -313,58 +303,63 @@ class LogisticMixtureHead(Head):
                 moved = rearrange(moved, "... p q c -> ... (p q) 1 c")
                 mean = mean + coefficient * moved
         log_p = log_mass(values, mean, log_scale.clamp(-7, 2), F.logsigmoid).sum(-1)
-        if self.shared:                                           # first all pixels
-            return (logits.log_softmax(-1) + log_p.sum(-2)).logsumexp(-1)
-        return (logits.log_softmax(-1) + log_p).logsumexp(-1).sum(-1)
+        # of each pixel, then of the patch, in each choice; then over the choices
+        log_p = (weights.log_softmax(-2) + log_p[..., None]).logsumexp(-2)
+        log_p = log_p.sum(-2)                                     # (..., J)
+        if self.shared:
+            log_p = log_p + choice.log_softmax(-1)
+        return log_p.logsumexp(-1)
 
-    def follow(self, parts, context: Context, finish, weights=None) -> Tensor:
-        """Patches (B, K, D) pixel by pixel, each after its neighbors, in [0, 1].
+    def follow(self, weights: Tensor, parts, context: Context, finish) -> Tensor:
+        """Patches (B, J, D) pixel by pixel: each the weighted mean of its K components.
 
-        `parts` are the means and the coefficients of channels and neighbors, each
-        (B, P*P, K, 3), and `finish` is applied to each new value. With `weights`
-        (B, P*P, K) the K components of a pixel are averaged before the next one.
+        `weights` (B, P*P, K, J); `parts` are the means and the coefficients of channels
+        and neighbors, (B, P*P, K, 3) each; `finish` is applied to each new value.
         """
-        left, above = self.edges(context)
-        pixels = {(i, -1): left[:, i, None] for i in range(self.P)}
-        pixels |= {(-1, j): above[:, j, None] for j in range(self.P)}
-        parts = zip(*(part.unbind(1) for part in parts), strict=True)
-        for n, (m, c, *coefficients) in enumerate(parts):               # (B, K, 3)
+        left, above = (edge[:, :, None, None] for edge in self.edges(context))
+        pixels = {(i, -1): left[:, i] for i in range(self.P)}
+        pixels |= {(-1, j): above[:, j] for j in range(self.P)}
+        parts = (part.unsqueeze(3).unbind(1) for part in parts)
+        for n, (w, m, c, *coefficients) in enumerate(
+                zip(weights.unbind(1), *parts, strict=True)):           # (B, K, 1, 3)
             i, j = divmod(n, self.P)
             if self.neighbors:
                 m = m + coefficients[0] * pixels[i, j - 1]
                 m = m + coefficients[1] * pixels[i - 1, j]
-            r = finish(m[..., 0])                                       # (B, K)
+            r = finish(m[..., 0])                                       # (B, K, J)
             g = finish(m[..., 1] + c[..., 0] * r)
             b = finish(m[..., 2] + c[..., 1] * r + c[..., 2] * g)
-            pixels[i, j] = torch.stack([r, g, b], -1)                   # (B, K, 3)
-            if weights is not None:
-                pixel = weights[:, n, :, None] * pixels[i, j]
-                pixels[i, j] = pixel.sum(1, keepdim=True)               # (B, 1, 3)
-        new = torch.stack([pixels[divmod(n, self.P)] for n in range(self.P**2)], 2)
-        return rearrange(new, "b k n c -> b k (c n)") / 2 + 0.5
+            pixel = w[..., None] * torch.stack([r, g, b], -1)
+            pixels[i, j] = pixel.sum(1, keepdim=True)                   # (B, 1, J, 3)
+        new = torch.cat([pixels[divmod(n, self.P)] for n in range(self.P**2)], 1)
+        return rearrange(new, "b n j c -> b j (c n)") / 2 + 0.5
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
         """The expected patches (..., D), but for what the ends of the scale cut off."""
-        logits, mean, _, *coefficients = self.parts(outputs.float().flatten(0, -2))
+        choice, weights, mean, _, *coefficients = self.parts(
+            outputs.float().flatten(0, -2))
         context = tuple(patches.flatten(0, -2) for patches in context)
-        weights, parts = logits.softmax(-1), [mean, *coefficients]
+        patches = self.follow(weights.softmax(-2), [mean, *coefficients], context,
+                              lambda value: value)                # (B, J, D)
         if self.shared:
-            patches = self.follow(parts, context, lambda value: value)   # (B, K, D)
-            expected = (weights[..., None] * patches).sum(1)
-        else:
-            expected = self.follow(parts, context, lambda value: value, weights)
-        return expected.view(*outputs.shape[:-1], -1).clamp(0, 1)
+            patches = choice.softmax(-1)[..., None] * patches
+        return patches.sum(1).view(*outputs.shape[:-1], -1).clamp(0, 1)
 
     def sample(self, outputs, context, temperature=1.0, generator=None) -> Tensor:
         """Patches (B, D). The temperature divides logits and multiplies scales."""
-        logits, *parts = self.parts(outputs.float())
-        chosen = sample(logits.flatten(0, -2), temperature, generator=generator)
-        chosen = chosen.view(len(outputs), -1, 1, 1).expand(-1, self.P**2, 1, 3)
+        choice, weights, *parts = self.parts(outputs.float())
+        if self.shared:
+            chosen = sample(choice, temperature, generator=generator)[:, None, None]
+            chosen = chosen[..., None].expand(-1, self.P**2, self.K, 1)
+            weights = weights.gather(3, chosen)                   # (B, P*P, K, 1)
+        chosen = sample(weights.flatten(0, 1)[..., 0], temperature, generator=generator)
+        chosen = chosen.view(-1, self.P**2, 1, 1).expand(-1, -1, 1, 3)
         mean, log_scale, *coefficients = (part.gather(2, chosen) for part in parts)
         uniform = torch.rand(mean.shape, generator=generator, device=mean.device)
         noise = torch.logit(uniform, eps=1e-5) * log_scale.clamp(-7, 2).exp()
         parts = [mean + temperature * noise, *coefficients]
-        return self.follow(parts, context, quantize)[:, 0]
+        ones = torch.ones_like(mean[..., :1])
+        return self.follow(ones, parts, context, quantize)[:, 0]
 
 
 HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead,
@@ -511,17 +506,13 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         def embed(start: int, stop: int) -> Tensor:
             return self.inputs(canvas, start, stop, rows)
 
-        def head(hidden: Tensor) -> Tensor:
-            outputs = self.head(hidden)
-            return outputs if guidance is None else self.head.share_scales(outputs)
-
         def choose(outputs: Tensor, position: int) -> Tensor:
             left, above = self.context(canvas, position, position + 1)
             context = left[:, 0], above[:, 0]                     # (B, D) each
             return self.head.sample(outputs, context, temperature, generator)
 
-        return autoregress(self, canvas, given, embed=embed, head=head, choose=choose,
-                           guidance=guidance, use_cache=use_cache)
+        return autoregress(self, canvas, given, embed=embed, head=self.head,
+                           choose=choose, guidance=guidance, use_cache=use_cache)
 
     def stream_images(
         self, prompt: int | Tensor | list[Tensor], labels: Tensor | None = None,
@@ -545,8 +536,8 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
 def next_patch_loss(model: PatchGPT, batch) -> Tensor:
     """The head's loss for each patch given the ones before it, a mean over all values.
 
-    `batch.image` holds images (B, 3, H, W) in [0, 1], and `batch.label` their classes
-    (B,), which a model with classes is given.
+    `batch.image` holds images (B, 3, H, W) in [0, 1]; a model with classes also gets
+    `batch.label` (B,).
     """
     patches = model.encode(batch.image)                           # (B, T, D)
     context = model.context(patches, 0, model.length)
@@ -555,8 +546,8 @@ def next_patch_loss(model: PatchGPT, batch) -> Tensor:
 
 
 def known_labels(model: PatchGPT, batch) -> Tensor | None:
-    """The labels (B,) of a batch for a model with classes; for others None."""
-    return batch.label if model.config.classes else None
+    """The labels (B,) of a batch, if it has any, for a model with classes."""
+    return getattr(batch, "label", None) if model.config.classes else None
 
 
 def expected_patches(model: PatchGPT, patches: Tensor,

@@ -43,9 +43,13 @@ def results_tables() -> str:
         rows = [["", *(f"`{name}`" for name in runs)], ["---", *["---:"] * len(runs)],
                 ["data", *(Path(run["dataset"]).name for run in runs.values())],
                 ["minutes", *(number(run["minutes"]) for run in runs.values())]]
+        for cost in ("images_seen", "flops"):
+            rows.append([cost.replace("_", " "), *(
+                number(run.get("cost", {}).get(cost)) for run in runs.values())])
         rows += [[name.replace("_", " "),
                   *(number(run["metrics"].get(name)) for run in runs.values())]
                  for name in names]
+        rows += evaluation_rows(list(runs.values()))
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows) if runs else ""
         made = [f"- `{name}`: `{run['command']}`, seed {run['seed']}, on "
                 f"{run['hardware']}\n" for name, run in runs.items()]
@@ -53,6 +57,22 @@ def results_tables() -> str:
             made.append("- preset `full`: not measured yet\n")
         sections.append(f"## {script}\n\n{table}\n{''.join(made)}")
     return "\n".join(sections)
+
+
+def evaluation_rows(runs: list[dict]) -> list[list[str]]:
+    """What `minigen evaluate` found: each figure, and the same of real images."""
+    reports = [run.get("evaluation", {}) for run in runs]
+    names = dict.fromkeys(name for report in reports
+                          for name in report.get("figures", {}))
+    rows = [["images measured", *(str(report.get("N", "")) for report in reports)],
+            ["reference", *(report.get("reference", "") for report in reports)],
+            ["extractor", *(report.get("hash", "") for report in reports)]]
+    for name in names:
+        found = [report.get("figures", {}).get(name) for report in reports]
+        rows.append([f"{name} (of real images)", *(
+            "" if figure is None else f"{number(figure['value'])} "
+            f"({number(figure['floor'])})" for figure in found)])
+    return rows if names else []
 
 
 def benchmark_tables() -> str:
@@ -77,6 +97,8 @@ def benchmark_tables() -> str:
 def number(value) -> str:
     """A measured value for a table: four digits, nothing for None."""
     if isinstance(value, float):
+        if abs(value) >= 1e9:
+            return f"{value:.2e}"
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
