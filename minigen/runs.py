@@ -318,8 +318,3 @@ def shipped_classes(name: str) -> Tensor:
     config = shipped_result(name)["config"]
     sheet = read_grid(DATA / "results" / f"{name}-classes.png", config["size"])
     return sheet.unflatten(0, (-1, config["samples"]))
-
-
-def shipped_images(name: str) -> Path:
-    """The folder of a shipped run's images."""
-    return DATA / "results" / name
