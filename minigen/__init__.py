@@ -1,8 +1,4 @@
-"""A book and a package that draw images by predicting their parts in order
-
-Modules:
-
-- `minigen.bench.sweep`: Which sampling settings draw the best images: the sweep of chapter 5."""
+"""Draw images by predicting their parts in order: the package of the minigen book."""
 
 __version__ = "0.1.0"
 

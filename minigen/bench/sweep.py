@@ -1,9 +1,6 @@
-"""Which sampling settings draw the best images: the sweep of chapter 5.
+"""Which sampling settings draw the best images of chapter 5: quality, not speed.
 
-Quality, not speed. Each setting draws the same classes from the same seed; its images
-are compared with validation images by FD-landscape (lower is better, and real images
-get the floor), and the network that measures says how often the class is right.
-"""
+Each draws the same classes; FD-landscape is lower for better images."""
 
 from minigen.bench import Row
 from minigen.metrics import evaluate_images
