@@ -174,6 +174,7 @@ def _run(script, config, presets, build, device) -> dict:
             save_checkpoint(task.keep(kept), config.out)
             val_loss = evaluate(kept, task.val, task.loss, config.batch_size)
             record.metrics |= {"val_loss": val_loss} | task.evaluate(kept, record.step)
+    cost = training_cost(task, config)  # by all processes: a step may wait for others
     if not is_main_process():
         return {}
     log = read_log(config.out)
@@ -187,7 +188,7 @@ def _run(script, config, presets, build, device) -> dict:
     result = describe_run(
         command=command_line(script, config, presets[config.preset]), script=script,
         preset=config.preset, minutes=round(last["seconds"] / 60, 2), seed=config.seed,
-        cost=training_cost(task, config), dataset=config.data, metrics=metrics,
+        cost=cost, dataset=config.data, metrics=metrics,
         history=eval_history(log), config=as_json(config)) | extra
     write_json(config.out / "result.json", result)
     clear_states(config.out)

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import minigen
 from minigen.checkpoints import load, save_checkpoint
+from minigen.features import FeatureNetwork
 from minigen.gpt import GPT, GPTConfig
 from minigen.imagegpt import ImageGPT, ImageGPTConfig, next_token_loss
 from minigen.patchgpt import PatchGPT, PatchGPTConfig, next_patch_loss
@@ -110,7 +111,7 @@ class Patches(Pixels):
         return next_patch_loss(model, batch)
 
     def stream(self, model, prompt, **options):
-        guidance = Guidance(2.0) if self.config.classes else None
+        guidance = Guidance(1.2) if self.config.classes else None
         if isinstance(prompt, int):  # the model moves what is on the CPU
             return model.stream(prompt, self.labels(prompt), guidance, **options)
         labels = self.labels(len(prompt), prompt[0].device) if len(prompt) else None
@@ -253,7 +254,9 @@ def test_every_model_is_in_the_table():
             names = vars(importlib.import_module(module.name))
             found |= {value for value in names.values() if isinstance(value, type)
                       and issubclass(value, PyTorchModelHubMixin)}
-    assert found - {PyTorchModelHubMixin} == {MODELS[name].model for name in SAVED}
+    # the network that names landscapes has batch norm, and tests of its own
+    found -= {PyTorchModelHubMixin, FeatureNetwork}
+    assert found == {MODELS[name].model for name in SAVED}
 
 
 # --- shapes, and what depends on what
@@ -323,7 +326,7 @@ def test_gradients_reach_every_parameter(case):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         # real and fake images pull equally at the last bias of a new discriminator
-        assert parameter.grad.any() or name == "discriminator.5.bias", name
+        assert parameter.grad.any() or name == "discriminator.4.bias", name
 
 
 @every()
@@ -412,7 +415,8 @@ def test_a_transformer_sees_all_or_what_a_mask_allows(positions):
 
 @every(GENERATING)
 def test_the_cache_does_not_change_what_is_drawn(case):
-    model = sharpen(case.make())
+    """In float64: in float32 a rounding error tips a random choice now and then."""
+    model = sharpen(case.make()).double()
     prompts = [case.parts()[:, :1], case.parts()[:, :5]] + [3] * case.lead
     for prompt in prompts:
         for options in ({}, {"temperature": 0.5}, {"temperature": 0.0}):
@@ -425,7 +429,7 @@ def test_the_cache_does_not_change_what_is_drawn(case):
 
 @every(GENERATING)
 def test_ragged_prompts_equal_each_by_itself(case):
-    model, parts = sharpen(case.make()), case.parts()
+    model, parts = sharpen(case.make()).double(), case.parts()
     rows = [parts[0, :4], parts[1, :1], parts[2, : case.length - 1]]
     for use_cache in (True, False):
         drawn = case.generate(model, rows, temperature=0.0, use_cache=use_cache)

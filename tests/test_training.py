@@ -512,8 +512,9 @@ def test_the_result_of_a_run(tmp_path):
     config = replace(PRESETS["test"], width=4, eval_steps=(1,), out=tmp_path)
     result = run("toy", config, PRESETS, build)
     assert list(result) == [
-        "command", "script", "preset", "minutes", "seed", "dataset", "metrics",
-        "history", "config", "hardware", "commit", "date", "versions", "more"]
+        "command", "script", "preset", "minutes", "seed", "cost", "dataset",
+        "metrics", "history", "config", "hardware", "commit", "date", "versions",
+        "more"]
     assert result["command"] == ("python -m minigen train toy --preset test "
                                  "--eval-steps 1 --width 4")
     assert [h["step"] for h in result["history"]] == [1, 2]
