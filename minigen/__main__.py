@@ -150,7 +150,7 @@ def evaluate(arguments: list[str]) -> None:
     report = about | evaluate_images(
         images, reference, extractor, labels, options.training,
         options.subsets, options.seed, options.size)
-    report["images"] = source
+    report |= {"images": source, "options": more}
     if options.save:
         keep_evaluation(source, report)
     if options.json:

@@ -15,7 +15,7 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 import minigen.__main__ as command_line
-from minigen import metrics
+from minigen import metrics, runs
 from minigen.checkpoints import SHIPPED, save_checkpoint
 from minigen.features import (
     LOSS_NETWORK,
@@ -651,3 +651,36 @@ def test_of_very_many_images_some_make_the_pairs(tiny, pictures, monkeypatch):
     figures = evaluate_images(pictures, pictures.flip(-1), tiny)["figures"]
     assert figures["FD-FeatureNetwork"]["N"] == 60
     assert figures["precision"]["N"] == figures["precision"]["M"] == 20
+
+
+# ---- what ships
+
+
+def evaluated() -> list[str]:
+    """The shipped models whose result files have an evaluation, but for slow ones."""
+    return sorted(file.stem for file in (runs.DATA / "results").glob("*.json")
+                  if "evaluation" in read_json(file) and (SHIPPED / file.stem).is_dir()
+                  and not file.stem.startswith("pixelgpt"))
+
+
+@pytest.mark.parametrize("name", evaluated())
+def test_shipped_figures_are_measured_again(name, offline, minigen):
+    """With few images, on another machine: within the noise of so few."""
+    kept = read_json(runs.DATA / "results" / f"{name}.json")["evaluation"]
+    count = 72
+    report = json.loads(minigen("evaluate", name, "--count", count, "--seed", 5,
+                                *kept["options"], "--json"))
+    for key in ("reference", "split", "extractor", "hash", "size"):
+        assert report[key] == kept[key], key
+    found, known = ({key: figure["value"] for key, figure in each["figures"].items()}
+                    for each in (report, kept))
+    right = known["class accuracy"]
+    noise = 4 * (right * (1 - right) / count) ** 0.5 + 0.03
+    assert found["class accuracy"] == pytest.approx(right, abs=noise)
+    assert found["fine detail"] == pytest.approx(known["fine detail"], rel=0.4)
+    assert found["diversity"] == pytest.approx(known["diversity"], rel=0.15)
+    # unlike the Frechet distance, it does not depend on the number of images
+    spread = kept["figures"]["KD-landscape"]["spread"]
+    assert found["KD-landscape"] == pytest.approx(
+        known["KD-landscape"], abs=8 * spread + 0.03)
+    assert known["FD-landscape"] > kept["figures"]["FD-landscape"]["floor"]
