@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .losses import linear_cross_entropy
-from .sampling import Guidance, autoregress, last, sample, start_canvas
+from minigen.sampling import (
+    ClassEmbedding,
+    Guidance,
+    autoregress,
+    last,
+    sample,
+    start_canvas,
+)
 from minigen.transformer import (
     Transformer,
     TransformerConfig,
@@ -63,18 +70,19 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.config = config
         self.length = config.height * config.width  # T: tokens of an image
-        self.class_embedding = nn.Embedding(config.classes + 1, config.dim)
+        self.class_embedding = ClassEmbedding(
+            config.classes, config.dim, config.class_dropout)
         self.tokens = nn.Embedding(config.codebook_size, config.dim)
         self.transformer = Transformer(config, self.length, config.width, prefix=1)
         # not tied to `tokens`, as in the document and in LlamaGen
         self.head = nn.Linear(config.dim, config.codebook_size, bias=False)
-        for layer in (self.class_embedding, self.tokens, self.head):
+        for layer in (self.tokens, self.head):
             initialize(layer)
 
-    def check(self, tokens: Tensor, labels: Tensor | None) -> None:
-        """Raise ValueError unless tokens (B, t) and labels (B,) fit this model."""
-        config, B = self.config, len(tokens)
-        if tokens.ndim != 2 or B == 0 or tokens.is_floating_point():
+    def check(self, tokens: Tensor) -> None:
+        """Raise ValueError unless tokens (B, t) fit this model."""
+        config = self.config
+        if tokens.ndim != 2 or len(tokens) == 0 or tokens.is_floating_point():
             raise ValueError(
                 "expected at least one sequence of tokens, (B, t) whole numbers, found "
                 f"{tokens.dtype} of shape {tuple(tokens.shape)}; flatten a grid "
@@ -85,28 +93,11 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
                 f"{self.length} tokens, so at most {self.length - 1} can precede "
                 f"another, found {tokens.shape[1]}")
         check_indices(tokens, config.codebook_size, "tokens of this model's tokenizer")
-        if labels is not None:
-            if labels.shape != (B,) or labels.is_floating_point():
-                raise ValueError(
-                    f"expected labels ({B},) of whole numbers, one for each image, "
-                    f"found {labels.dtype} of shape {tuple(labels.shape)}")
-            what = f"labels of this model, with {config.classes} for no class,"
-            check_indices(labels, config.classes + 1, what)
-
-    def no_class(self, batch: int) -> Tensor:
-        """The labels (B,) of images without a class."""
-        return torch.full((batch,), self.config.classes, device=self.head.weight.device)
 
     def hidden(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """The last hidden states (B, t + 1, D) at the class and at tokens (B, t)."""
-        self.check(tokens, labels)
-        none = self.no_class(len(tokens))
-        labels = none if labels is None else labels                     # (B,)
-        if self.training and self.config.class_dropout:
-            share = self.config.class_dropout
-            dropped = torch.rand(len(tokens), device=none.device) < share
-            labels = torch.where(dropped, none, labels)
-        x = self.class_embedding(labels)[:, None]                       # (B, 1, D)
+        self.check(tokens)
+        x = self.class_embedding(labels, len(tokens))[:, None]          # (B, 1, D)
         x = torch.cat([x, self.tokens(tokens)], dim=1)                  # (B, t + 1, D)
         return self.transformer(x)
 
@@ -130,26 +121,16 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
         device, ragged = self.head.weight.device, isinstance(prompt, list) and prompt
         known = pad_sequence(prompt, batch_first=True) if ragged else prompt
         if isinstance(known, Tensor):
-            self.check(known, labels)
+            self.check(known)
         canvas, given = start_canvas(prompt, self.length, device=device)  # (B, T)
-        self.check(canvas[:, :0], labels)
-        none = self.no_class(len(canvas))
-        rows = none if labels is None else labels.to(device)
-        if guidance is not None and guidance.scale == 1:
-            guidance = None
-        if guidance is not None:
-            if labels is None or not self.config.classes:
-                raise ValueError(
-                    "guidance needs labels and a model with classes, found "
-                    f"{'no' if labels is None else 'some'} labels and "
-                    f"{self.config.classes} classes")
-            rows = torch.cat([rows, none])                                # (2B,)
+        rows, guidance = self.class_embedding.guided(labels, len(canvas), guidance)
 
         def embed(start: int, stop: int) -> Tensor:
             x = self.tokens(canvas[:, max(start - 1, 0) : stop - 1])      # (B, new, D)
             x = x.repeat(len(rows) // len(canvas), 1, 1)                  # (B or 2B, .)
             if start == 0:
-                x = torch.cat([self.class_embedding(rows)[:, None], x], dim=1)
+                start_vector = self.class_embedding(rows, len(rows))      # (B or 2B, D)
+                x = torch.cat([start_vector[:, None], x], dim=1)
             return x
 
         def choose(logits: Tensor, position: int) -> Tensor:

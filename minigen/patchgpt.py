@@ -18,13 +18,15 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .sampling import Guidance, autoregress, last, sample, start_canvas
-from minigen.transformer import (
-    Transformer,
-    TransformerConfig,
-    check_indices,
-    initialize,
+from minigen.sampling import (
+    ClassEmbedding,
+    Guidance,
+    autoregress,
+    last,
+    sample,
+    start_canvas,
 )
+from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/03_patchgpt.ipynb #be5e01c2
 def check_tiling(patch_size: int, height: int, width: int) -> None:
@@ -390,11 +392,8 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         self.length = config.height // config.patch_size * self.columns  # T: patches
         self.values = 3 * config.patch_size**2  # D: values of a patch
         self.embed = nn.Linear((1 + config.above) * self.values, config.dim)
-        if config.classes:  # the last one stands for no class
-            self.class_embedding = nn.Embedding(config.classes + 1, config.dim)
-            initialize(self.class_embedding)
-        else:
-            self.start = nn.Parameter(0.02 * torch.randn(config.dim))
+        self.class_embedding = ClassEmbedding(
+            config.classes, config.dim, config.class_dropout)
         self.transformer = Transformer(config, self.length, self.columns, prefix=1)
         self.head = HEADS[config.head](config)
 
@@ -421,10 +420,6 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         left[:, -start % self.columns :: self.columns] = 0.5      # outside the image
         return left, shift(patches, self.columns, start, stop)
 
-    def no_class(self, batch: int) -> Tensor:
-        """The labels (B,) of images without a class."""
-        return torch.full((batch,), self.config.classes, device=self.embed.bias.device)
-
     def inputs(self, patches: Tensor, start: int, stop: int,
                labels: Tensor | None = None) -> Tensor:
         """The vectors (B, stop - start, dim) that enter at positions start to stop - 1.
@@ -432,40 +427,24 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         At position p that is the patch before it and, with `above`, the patch above it.
         Labels (2B,) instead of (B,) make two rows of each image, for guidance.
         """
-        labels = self.no_class(len(patches)) if labels is None else labels
-        first = max(start, 1)
+        first, rows = max(start, 1), len(patches) if labels is None else len(labels)
         steps = [1, self.columns] if self.config.above else [1]
         x = torch.cat([shift(patches, by, first, stop) for by in steps], dim=-1)
         x = self.embed((2 * x - 1).to(self.embed.weight.dtype))   # (B, T, dim)
-        x = x.repeat(len(labels) // len(x), 1, 1)                 # (B or 2B, T, dim)
+        x = x.repeat(rows // len(x), 1, 1)                        # (B or 2B, T, dim)
         if start > 0:
             return x
-        before = (self.class_embedding(labels) if self.config.classes
-                  else self.start.expand(len(labels), -1))        # (B or 2B, dim)
+        before = self.class_embedding(labels, rows)               # (B or 2B, dim)
         return torch.cat([before[:, None], x], dim=1)
 
-    def check(self, patches: Tensor, labels: Tensor | None = None) -> None:
-        """Raise ValueError unless patches (B, t, D) and labels (B,) fit this model."""
+    def check(self, patches: Tensor) -> None:
+        """Raise ValueError unless patches (B, t, D) fit this model."""
         if patches.ndim != 3 or len(patches) == 0 or patches.shape[2] != self.values:
             raise ValueError(f"expected patches of {self.values} values, (B, t, "
                              f"{self.values}) with B > 0, found {tuple(patches.shape)}")
-        if labels is not None:
-            if labels.shape != patches.shape[:1] or labels.is_floating_point():
-                raise ValueError(
-                    f"expected labels ({len(patches)},) of whole numbers, one for each "
-                    f"image, found {labels.dtype} of shape {tuple(labels.shape)}")
-            classes = self.config.classes
-            what = f"labels of this model, with {classes} for no class,"
-            check_indices(labels, classes + 1, what)
 
     def forward(self, patches: Tensor, labels: Tensor | None = None) -> Tensor:
-        self.check(patches, labels)
-        none = self.no_class(len(patches))
-        labels = none if labels is None else labels               # (B,)
-        if self.training and self.config.classes and self.config.class_dropout:
-            share = self.config.class_dropout
-            dropped = torch.rand(len(labels), device=none.device) < share
-            labels = torch.where(dropped, none, labels)
+        self.check(patches)
         if self.training and self.config.noise:
             level = torch.rand(len(patches), 1, 1, device=patches.device)
             patches = patches + self.config.noise * level * torch.randn_like(patches)
@@ -490,18 +469,8 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         canvas, given = start_canvas(
             prompt, self.length, (self.values,), torch.float32, self.embed.bias.device
         )
-        self.check(canvas, labels)
-        none = self.no_class(len(canvas))
-        rows = none if labels is None else labels.to(none.device)         # (B,)
-        if guidance is not None and guidance.scale == 1:
-            guidance = None
-        if guidance is not None:
-            if labels is None or not self.config.classes:
-                raise ValueError(
-                    "guidance needs labels and a model with classes, found "
-                    f"{'no' if labels is None else 'some'} labels and "
-                    f"{self.config.classes} classes")
-            rows = torch.cat([rows, none])                                # (2B,)
+        self.check(canvas)
+        rows, guidance = self.class_embedding.guided(labels, len(canvas), guidance)
 
         def embed(start: int, stop: int) -> Tensor:
             return self.inputs(canvas, start, stop, rows)

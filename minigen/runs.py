@@ -303,6 +303,11 @@ def shipped_result(name: str) -> dict:
     return read_json(DATA / "results" / f"{name}.json")
 
 
+def shipped_benchmark(name: str) -> dict:
+    """What `python -m minigen bench --json` printed, from a shipped file."""
+    return read_json(DATA / "benchmarks" / f"{name}.json")
+
+
 def shipped_steps(name: str) -> dict[int, Tensor]:
     """The images (B, 3, H, W) in [0, 1] that a shipped run drew, by step."""
     result = shipped_result(name)

@@ -57,7 +57,8 @@ def document_seconds(model: DocumentImageGPT, images: int, windows: int,
 @torch.inference_mode()
 def cached_logits(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Tensor:
     """What `model(tokens, labels)` gives, one token at a time through the cache."""
-    x = torch.cat([model.class_embedding(labels)[:, None], model.tokens(tokens)], dim=1)
+    start = model.class_embedding(labels, len(labels))[:, None]
+    x = torch.cat([start, model.tokens(tokens)], dim=1)
     cache = model.transformer.cache(len(tokens))
     hidden = [model.transformer(one, cache) for one in x.split(1, dim=1)]
     return model.head(torch.cat(hidden, dim=1))
