@@ -22,6 +22,7 @@ from minigen import devices, vqgan
 from minigen.imagegpt import ImageGPT
 from minigen.losses import linear_cross_entropy
 from minigen.patchgpt import PatchGPT, expected_patches, exposure_bias, next_patch_error
+from minigen.sampling import Guidance
 
 
 class OnlyCuda(TorchDispatchMode):
@@ -30,8 +31,8 @@ class OnlyCuda(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.ndim and made.numel():
-                assert made.device.type == "cuda", f"{function} on the wrong device"
+            if isinstance(made, Tensor) and made.ndim and made.device.type != "cuda":
+                assert not made.numel(), f"{function} on the wrong device"
         return result
 
 
@@ -86,6 +87,15 @@ def test_forward_and_loss(name):
 @pytest.mark.parametrize("name", GENERATING)
 def test_generate(name):
     check_generating(name)
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton", "random"])
+def test_generate_in_any_order(order):
+    with fake_cuda("maskgit-classes") as (case, model, parts), OnlyCuda():
+        labels = case.labels(3, parts.device)
+        drawn = model.generate(3, labels, guidance=Guidance(2.0), order=order)
+        assert is_on_cuda(drawn)
+        assert drawn.shape == parts.shape
 
 
 @pytest.mark.parametrize("name", GENERATING)

@@ -19,6 +19,7 @@ from minigen.checkpoints import load, save_checkpoint
 from minigen.features import FeatureNetwork
 from minigen.gpt import GPT, GPTConfig
 from minigen.imagegpt import ImageGPT, ImageGPTConfig, next_token_loss
+from minigen.maskgit import MaskGIT, MaskGITConfig, masked_token_loss
 from minigen.patchgpt import PatchGPT, PatchGPTConfig, next_patch_loss
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig, next_pixel_loss
 from minigen.sampling import Guidance, last
@@ -143,6 +144,19 @@ class Codes(Pixels):
         return model.stream(prompt, labels, guidance, **options)
 
 
+class Masked(Codes):
+    """A model that sees all tokens at once, some of them masked."""
+
+    generates = False  # not from left to right: tests of its own draw with it
+
+    def outputs(self, model, parts) -> Tensor:
+        return model(parts, self.labels(len(parts), parts.device))
+
+    def loss(self, model, parts):
+        label = self.labels(len(parts), parts.device)
+        return masked_token_loss(model, SimpleNamespace(tokens=parts, label=label))
+
+
 @dataclass
 class Images:
     """A tokenizer: its parts are images, and its outputs the vectors of their grid."""
@@ -195,6 +209,11 @@ def codes(**options):
     return Codes(ImageGPTConfig(**TINY | small | options), ImageGPT, 1)
 
 
+def masked(**options):
+    small = {"codebook_size": 20, "height": 3, "width": 4, "class_dropout": 0.0}
+    return Masked(MaskGITConfig(**TINY | small | options), MaskGIT, factor=0.8)
+
+
 def tokenizer(adversarial=False, factor=0.5, **options):
     small = {"downsample": 4, "channels": 8, "z_channels": 8, "codebook_size": 16,
              "codebook_dim": 4, "levels": (5, 4)}
@@ -219,6 +238,9 @@ MODELS = {
     "imagegpt": codes(),
     "imagegpt-classes": codes(classes=3),
     "imagegpt-llama": codes(classes=3, **LLAMA | {"dim": 24}),
+    "maskgit": masked(),
+    "maskgit-classes": masked(classes=3),
+    "maskgit-llama": masked(classes=3, **LLAMA | {"dim": 24}),
     "vq-ema": tokenizer(),
     "vq-gradient": tokenizer(quantizer="gradient", kmeans=False),
     "vq-sphere": tokenizer(quantizer="gradient", normalize=True, blocks=2),
@@ -283,6 +305,12 @@ def test_causality_or_its_absence(case):
     model = sharpen(case.make())
     parts = case.parts()
     before = case.outputs(model, parts)
+    if isinstance(case, Masked):  # every output may know every token
+        for position in range(case.length):
+            other = parts.clone()
+            other[:, position] = model.mask_token
+            assert (case.outputs(model, other) != before).any(dim=-1).all()
+        return
     if not case.generates:  # a change at the last pixel reaches the first vector
         for pixel in (0, -1):
             other = parts.clone()
@@ -377,7 +405,7 @@ def test_half_precision(case):
             drawn = case.generate(model, parts[:, :2], use_cache=use_cache)
             assert drawn.shape == parts.shape
             assert drawn.isfinite().all()
-    else:
+    elif isinstance(model, VQModel):
         assert model.decode(model.encode(parts)).isfinite().all()
 
 
@@ -548,7 +576,7 @@ CHANGED = {  # a value other than the default for every field of every configura
     "tokenizer": "somewhere", "fingerprint": "0123456789abcdef", "downsample": 4,
     "channels": 12, "blocks": 2, "z_channels": 9, "quantizer": "fsq", "codebook_dim": 2,
     "normalize": True, "kmeans": False, "dead_code_threshold": 0.5, "decay": 0.5,
-    "commitment": 0.5, "levels": (5, 4),
+    "commitment": 0.5, "levels": (5, 4), "masking": "linear", "label_smoothing": 0.2,
 }
 
 
@@ -686,7 +714,7 @@ def test_downsampling_pads_below_and_on_the_right():  # as LlamaGen's weights ex
 NOT_PATCHES = [name for name in GENERATING if not name.startswith("patchgpt")]
 RANDOM = [name for name in GENERATING if MODELS[name].random]
 FROM_NOTHING = [name for name in GENERATING if MODELS[name].lead]
-TOKENIZERS = [name for name in SAVED if not MODELS[name].generates]
+TOKENIZERS = [name for name in SAVED if MODELS[name].model is VQModel]
 TOKEN = torch.zeros(1, 2, 2, dtype=torch.int64)
 WRONG = [
     (GENERATING, lambda c, m: c.generate(m, []), "empty|at least one"),

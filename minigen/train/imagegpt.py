@@ -3,18 +3,19 @@
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigen.checkpoints import find_checkpoint, load
 from minigen.codes import CodeDataset, CodeItem, extract_codes, load_tokenizer
 from minigen.data import load_dataset
 from minigen.devices import is_main_process, join_processes, pick_device
-from minigen.imagegpt import ImageGPT, ImageGPTConfig, check_tokenizer, next_token_loss
+from minigen.imagegpt import ImageGPT, check_tokenizer, next_token_loss
 from minigen.pixelgpt import image_statistics
 from minigen.runs import TINY, RunConfig, Task, presets, run
 from minigen.runs import SampleOptions as Options
@@ -93,18 +94,14 @@ def make_codes(config: Config,
     return name, found
 
 
-def without_class(model: ImageGPT, batch: CodeItem) -> Tensor:
-    """`next_token_loss` of a model that is not given the classes."""
-    labels = torch.full_like(batch.label, model.config.classes)
-    return next_token_loss(model, batch._replace(label=labels))
-
-
-def build(config: Config, device: torch.device) -> Task:
-    """The model of chapter 5 and its codes.
+def build(config: Config, device: torch.device, kind: type = ImageGPT,
+          loss: Callable[[nn.Module, CodeItem], Tensor] = next_token_loss,
+          unit: str = "token") -> Task:
+    """A model of tokens, of chapter 5 or a later one, and its codes.
 
     The upper row of an image file is drawn from nothing, one class after the other; the
     lower one completes the top halves of validation images. `classes.png` has a row for
-    each class, of at most sixteen.
+    each class, of at most sixteen. The loss is in nats for each `unit`.
     """
     name, (train, val) = make_codes(config, device)
     tokenizer = load_tokenizer(name).to(device)
@@ -115,12 +112,15 @@ def build(config: Config, device: torch.device) -> Task:
     tops = tokenizer.encode(images[:columns, :, : config.size // 2]).flatten(1)
     known = torch.tensor([val[n].label for n in range(len(tops))])
     torch.manual_seed(config.seed)  # whatever making the codes has drawn
-    model = ImageGPT(config.select(
-        ImageGPTConfig, codebook_size=tokenizer.codebook_size, height=train.grid[0],
-        width=train.grid[1], classes=classes, fingerprint=fingerprint,
-        tokenizer=config.tokenizer or "tokenizer")).to(device)
+    model = kind(config.select(
+        get_type_hints(kind.__init__)["config"], codebook_size=tokenizer.codebook_size,
+        height=train.grid[0], width=train.grid[1], classes=classes,
+        fingerprint=fingerprint, tokenizer=config.tokenizer or "tokenizer")).to(device)
 
-    def draw(model: ImageGPT, name: str, *rows: tuple[int | Tensor, Tensor]) -> Tensor:
+    def without_class(model: nn.Module, batch: CodeItem) -> Tensor:
+        return loss(model, batch._replace(label=torch.full_like(batch.label, classes)))
+
+    def draw(model: nn.Module, name: str, *rows: tuple[int | Tensor, Tensor]) -> Tensor:
         generator = torch.Generator(device).manual_seed(config.seed)
         drawn = [model.generate_images(
             tokenizer, prompt, labels if classes else None, guidance=guidance,
@@ -129,33 +129,34 @@ def build(config: Config, device: torch.device) -> Task:
                   scale=max(1, 128 // config.size))
         return drawn[0]
 
-    def evaluate(model: ImageGPT, step: int) -> dict:
+    def evaluate(model: nn.Module, step: int) -> dict:
         labels = torch.arange(columns) % max(1, classes)
         drawn = draw(model, f"step-{step:05d}.png", (columns, labels), (tops, known))
         return image_statistics(drawn, images)
 
-    def seconds(model: ImageGPT, **options) -> float:
+    def seconds(model: nn.Module, **options) -> float:
         start = time.perf_counter()
         model.generate_images(tokenizer, 1, **options)
         return time.perf_counter() - start
 
-    def summarize(model: ImageGPT, last: dict) -> dict:
+    def summarize(model: nn.Module, last: dict) -> dict:
         labels = torch.arange(min(classes, 16) or 1).repeat_interleave(columns)
         draw(model, "classes.png", (len(labels), labels))
         bits = last["val_loss"] / math.log(2)
         metrics = {
-            "bits_per_token": bits, "tokens_per_image": model.length,
-            "bits_per_pixel": bits * model.length / config.size**2,
+            f"bits_per_{unit}": bits, "tokens_per_image": model.length,
             "seconds_per_image": seconds(model), "extra": {"tokenizer": fingerprint},
         } | {name: last[name] for name in image_statistics(images, images)}
+        if unit == "token":  # a likelihood, which is a sum over all tokens
+            metrics["bits_per_pixel"] = bits * model.length / config.size**2
         if classes:
-            loss = mean_loss(model, val, without_class, config.batch_size)
-            metrics["bits_per_token_without_class"] = loss / math.log(2)
+            bits = mean_loss(model, val, without_class, config.batch_size) / math.log(2)
+            metrics[f"bits_per_{unit}_without_class"] = bits
             metrics["seconds_per_image_guided"] = seconds(
                 model, labels=labels[:1], guidance=Guidance(2.0))
         return metrics
 
-    return Task(model=model, data=train, val=val, loss=next_token_loss,
+    return Task(model=model, data=train, val=val, loss=loss,
                 evaluate=evaluate, summarize=summarize, parts_per_image=model.length)
 
 
@@ -177,7 +178,7 @@ class SampleOptions(Options):
     top_p: float | None = None  # draw among the fewest tokens of this probability
 
 
-def find_tokenizer(checkpoint: str | Path, model: ImageGPT) -> VQModel:
+def find_tokenizer(checkpoint: str | Path, model: nn.Module) -> VQModel:
     """A model's tokenizer: near its checkpoint, shipped, or where training had it."""
     name, folder = model.config.tokenizer, find_checkpoint(checkpoint).resolve()
     last = Path(name).name
@@ -192,13 +193,15 @@ def find_tokenizer(checkpoint: str | Path, model: ImageGPT) -> VQModel:
         "--tokenizer")
 
 
-def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
+def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
+         **more) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) of the model that `load(checkpoint)` finds, and the labels.
 
     The labels (B,) are those the model was given, or None if it knows no classes.
+    `more` are options of the sampler of a later chapter's model.
     """
     device, count = pick_device(), options.count
-    model = load(checkpoint, ImageGPT).to(device)
+    model = load(checkpoint, kind).to(device)
     tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
                  else find_tokenizer(checkpoint, model)).to(device)
     check_tokenizer(model, tokenizer)
@@ -214,6 +217,8 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
         labels = torch.full((count,), options.label)
     elif not model.config.classes:
         labels = None
+    guidance = Guidance(options.guidance, options.schedule)
+    guidance = None if labels is None else guidance
     generator = torch.Generator(device).manual_seed(options.seed)
     images = []
     for part in torch.arange(count).split(100):  # the cache of so many fits in memory
@@ -221,8 +226,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
             tokenizer, len(part) if tops is None else tops[part],
             None if labels is None else labels[part], top_k=options.top_k,
             top_p=options.top_p, temperature=options.temperature,
-            guidance=Guidance(options.guidance, options.schedule),
-            generator=generator).cpu())
+            guidance=guidance, generator=generator, **more).cpu())
     return torch.cat(images), labels
 
 

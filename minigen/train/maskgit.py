@@ -1,0 +1,123 @@
+"""Train MaskGIT, the model of chapter 7, generating images along the way."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from minigen.checkpoints import load
+from minigen.codes import load_tokenizer
+from minigen.data import load_dataset
+from minigen.devices import pick_device
+from minigen.maskgit import MaskGIT, Masking, Order, masked_token_loss
+from minigen.runs import Task, run
+from minigen.sampling import Guidance
+from minigen.show import save_grid
+from minigen.train import imagegpt
+
+
+@dataclass(kw_only=True)
+class Config(imagegpt.Config):
+    """A run of chapter 7. Every field is an option of the command line."""
+
+    masking: Masking = "cosine"  # how many tokens are hidden, in training and drawing
+    label_smoothing: float = 0.1  # share of the probability given to all codes alike
+    out: Path = Path("runs/maskgit")  # checkpoint, images and result.json go here
+
+
+def preset(name: str, **changes) -> Config:
+    """A preset of chapter 5 with chapter 7's model: what differs is the order alone."""
+    same = {f.name: getattr(imagegpt.PRESETS[name], f.name)
+            for f in fields(imagegpt.Config) if f.name != "out"}
+    return Config(**same | changes)
+
+
+PRESETS = {
+    "test": preset("test"),
+    "demo": preset("demo"),
+    "cpu": preset("cpu"),
+    "full": preset("full"),
+    # the paper's model for ImageNet 256 (arXiv 2202.04200, section 4.1, its released
+    # configuration): 24 layers of 768, 300 epochs in batches of 256. Not as published:
+    # LlamaGen's tokenizer, pre-norm blocks, an output layer of its own, a falling rate
+    "paper": preset("paper", dim=768, heads=8, depth=24, ten_crop=False, warmup=5000,
+                    weight_decay=0.045),
+}
+
+
+def build(config: Config, device: torch.device) -> Task:
+    """The model of chapter 7 and its codes; its images are those of chapter 5."""
+    return imagegpt.build(config, device, MaskGIT, masked_token_loss, "masked_token")
+
+
+def main(config: Config) -> dict:
+    """Train and return the result; see `minigen.runs.run`."""
+    return run("maskgit", config, PRESETS, build)
+
+
+@dataclass(kw_only=True)
+class SampleOptions(imagegpt.SampleOptions):
+    """Images drawn by a checkpoint of chapter 7."""
+
+    steps: int = 8  # how many times the model is asked
+    noise: float = 4.5  # randomness of the order "confidence", fading over the steps
+    order: Order = "confidence"  # which tokens come first
+    masking: Masking | None = None  # how many tokens each step leaves; else as trained
+    # repaint part of images of `data`: an image file, white where to repaint, or a box
+    # "top,left,bottom,right" in pixels
+    mask: str = ""
+
+
+def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
+    """Images (B, 3, H, W) of the model that `load(checkpoint)` finds; the labels."""
+    more = {name: getattr(options, name)
+            for name in ("steps", "noise", "order", "masking")}
+    if not options.mask:
+        return imagegpt.draw(checkpoint, options, MaskGIT, **more)
+    device = pick_device()
+    model = load(checkpoint, MaskGIT).to(device)
+    tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
+                 else imagegpt.find_tokenizer(checkpoint, model)).to(device)
+    side = tokenizer.config.downsample
+    size = model.config.height * side, model.config.width * side
+    val = load_dataset(options.data, size[0], "val", options.count)
+    chosen = [val[n % len(val)] for n in range(options.count)]
+    images = torch.stack([item.image for item in chosen])
+    labels = guidance = None
+    if model.config.classes:
+        guidance = Guidance(options.guidance, options.schedule)
+        labels = torch.tensor([item.label if options.label is None else options.label
+                               for item in chosen])
+    images = model.edit_images(
+        tokenizer, images, read_mask(options.mask, *size), labels, guidance=guidance,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        generator=torch.Generator(device).manual_seed(options.seed), **more)
+    return images.cpu(), labels
+
+
+def read_mask(source: str, height: int, width: int) -> Tensor:
+    """A mask (height, width) of bools from an image file, or from the text of a box."""
+    if Path(source).suffix:
+        gray = pil_to_tensor(Image.open(source).convert("L"))[0]
+        return gray > 127
+    try:
+        top, left, bottom, right = map(int, source.split(","))
+    except ValueError:
+        raise ValueError("expected a mask as an image file or as a box "
+                         f"top,left,bottom,right in pixels, found {source!r}") from None
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise ValueError(f"expected a box within {height} x {width} pixels as "
+                         f"top,left,bottom,right, found {source}")
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def sample(checkpoint: str, options: SampleOptions) -> Path:
+    """Write a grid of the images that `draw` returns."""
+    images, _ = draw(checkpoint, options)
+    save_grid(images, options.out, scale=options.scale, columns=options.columns)
+    return options.out
