@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def commands():
@@ -78,11 +78,13 @@ def test_wheel_works_away_from_the_clone(wheel, tmp_path):
     assert (name, shape[:2]) == ("ImageGPT", ["1", "3"])
 
 
-def test_readme_python_runs(tmp_path):
-    """The python blocks of README, as one program in an empty folder."""
-    assert blocks("python"), "README shows no Python"
-    (tmp_path / "readme.py").write_text("\n".join(blocks("python")))
-    python(["readme.py"], tmp_path)
+@pytest.mark.parametrize("page", ["README.md", "book/experiments.md"])
+def test_python_of_a_page_runs(page, tmp_path):
+    """Its blocks, as one program in an empty folder."""
+    found = blocks("python", (ROOT / page).read_text())
+    assert found, "shows no Python"
+    (tmp_path / "page.py").write_text("\n".join(found))
+    python(["page.py"], tmp_path)
 
 
 def test_readme_commands_run(tmp_path):
