@@ -198,12 +198,14 @@ def _run(script, config, presets, build, device) -> dict:
 def training_cost(task: Task, config: RunConfig) -> dict:
     """What the run took, counted: images, floating-point operations, threads.
 
-    The operations are those of the last step, there and back, times the steps.
+    The operations are those of the last step, there and back, times the steps. The
+    threads are those of all processes.
     """
     items = [task.data[n] for n in range(min(2, config.batch_size))]
     batch = send_to_device(default_collate(items), pick_device())
     seen = config.steps * config.batch_size * config.accumulate
-    return {"images_seen": seen, "threads": torch.get_num_threads(),
+    threads = torch.get_num_threads() * join_processes(pick_device()).num_processes
+    return {"images_seen": seen, "threads": threads,
             "flops": count_flops(task.model, task.loss, batch) / len(items) * seen}
 
 
