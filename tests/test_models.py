@@ -211,7 +211,7 @@ def codes(**options):
 
 def masked(**options):
     small = {"codebook_size": 20, "height": 3, "width": 4, "class_dropout": 0.0}
-    return Masked(MaskGITConfig(**TINY | small | options), MaskGIT, factor=0.8)
+    return Masked(MaskGITConfig(**TINY | small | options), MaskGIT, factor=0.9)
 
 
 def tokenizer(adversarial=False, factor=0.5, **options):

@@ -60,7 +60,7 @@ class PlainPatchGPT(nn.Module):
         """Take over the weights of a `PatchGPT`, so that both give the same outputs."""
         self.embed.load_state_dict(model.embed.state_dict())
         self.out.load_state_dict(model.head.out.state_dict())
-        self.start.copy_(model.start)
+        self.start.copy_(model.class_embedding.weight[-1])
         self.positions.copy_(model.transformer.positions(0, PATCHES))
         self.encoder.norm.weight.copy_(model.transformer.norm.weight)
         blocks = model.transformer.blocks
