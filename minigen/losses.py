@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             mass = p.sum(dim=-1, keepdim=True)                    # (rows, 1)
             total += ((mass.log() + largest - right) * w).sum()
             if with_gradient:  # of the logits: softmax minus what is right
-                share = torch.full_like(p[:, :k], (smoothing - 1) / k)
+                share = p.new_full(t.shape, (smoothing - 1) / k)
                 error = p.div_(mass).scatter_add_(1, t, share)
                 if smoothing:
                     error.sub_(smoothing / len(weight))

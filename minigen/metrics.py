@@ -536,7 +536,7 @@ def folder_source(path: Path, size: int | None, limit: int | None) -> ImageSourc
     return ImageSource(str(path), len(items), size, lambda: dataset_batches(items),
                        labels=labels, classes=tuple(classes))
 
-# %% ../nbs/06_measuring.ipynb #06ae0043
+
 def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
     """The array `arr_0` of a file, read a part at a time; nothing is unpickled."""
     def opened(archive: zipfile.ZipFile) -> tuple[io.BufferedIOBase, tuple, np.dtype]:
@@ -646,7 +646,7 @@ def compare(ours: Measured, real: Measured,
     order = [frechet, *pairs, *single]
     return {name: found[name] for name in dict.fromkeys(order)}
 
-# %% ../nbs/06_measuring.ipynb #06ae0060
+
 def floor_source(real: ImageSource, count: int) -> ImageSource | None:
     """Real images outside of the reference, if its data set has another split."""
     name, _, split = real.name.partition(":")
@@ -723,7 +723,7 @@ def evaluate_images(
             "seed": seed,
             "figures": {name: figure._asdict() for name, figure in figures.items()}}
 
-# %% ../nbs/06_measuring.ipynb #06ae0062
+
 def nearest_figures(images: ImageSource, control: ImageSource, training: ImageSource,
                     real: ImageSource, extractor: Extractor) -> dict[str, Figure]:
     """Mean distances to the nearest training image, of at most a thousand images."""

@@ -101,6 +101,7 @@ class Task:
     summarize: Callable[[nn.Module, dict], dict] = lambda model, last: {}
     keep: Callable[[nn.Module], nn.Module] = lambda model: model  # the part to save
     settings: dict = field(default_factory=dict)  # must not change when a run resumes
+    before_step: Callable[[int], None] = lambda step: None  # prepares the loss for it
 
 
 def run(script: str, config: RunConfig, presets: dict[str, RunConfig],
@@ -167,7 +168,8 @@ def _run(script, config, presets, build, device) -> dict:
     settings = {"data": config.data, "size": config.size} | task.settings
     per_step = config.batch_size * config.accumulate * task.parts_per_image
     records = fit(task.model, task.data, task.loss, config, ema_model=ema_model,
-                  folder=config.out, resume=config.resume, settings=settings)
+                  folder=config.out, resume=config.resume, settings=settings,
+                  before_step=task.before_step)
     name = f"{script} {config.preset}"
     for record in progress(records, config.steps, per_step, name, task.parts):
         if record.evaluate and is_main_process():
@@ -198,15 +200,19 @@ def _run(script, config, presets, build, device) -> dict:
 def training_cost(task: Task, config: RunConfig) -> dict:
     """What the run took, counted: images, floating-point operations, threads.
 
-    The operations are those of the last step, there and back, times the steps. The
-    threads are those of all processes.
+    The operations are those of the last step of each stage, there and back, times its
+    steps. The threads are those of all processes.
     """
     items = [task.data[n] for n in range(min(2, config.batch_size))]
     batch = send_to_device(default_collate(items), pick_device())
-    seen = config.steps * config.batch_size * config.accumulate
+    per_step, end, flops = config.batch_size * config.accumulate, 0, 0.0
+    while end < config.steps:
+        begin, end = config.stage(end + 1)
+        task.before_step(end)
+        one = count_flops(task.model, task.loss, batch) / len(items)
+        flops += one * per_step * (end - begin)
     threads = torch.get_num_threads() * join_processes(pick_device()).num_processes
-    return {"images_seen": seen, "threads": threads,
-            "flops": count_flops(task.model, task.loss, batch) / len(items) * seen}
+    return {"images_seen": config.steps * per_step, "threads": threads, "flops": flops}
 
 
 def command_line(script: str, config: RunConfig, preset: RunConfig) -> str:

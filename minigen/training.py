@@ -56,6 +56,8 @@ class FitConfig:
     lr: float = 1e-3  # highest learning rate, reached after the warm-up
     warmup: int = 100  # steps in which the rate rises from zero
     final_lr: float = 0.1  # share of the highest rate left at the last step
+    # how the rate falls: half a cosine, a line over the last fifth, or not at all
+    lr_decay: Literal["cosine", "linear", "none"] = "cosine"
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's moving averages
     clip: float = 1.0  # longer gradients are shortened to this norm
@@ -76,14 +78,27 @@ class FitConfig:
                              f"found {self.steps}, {self.batch_size} and "
                              f"{self.accumulate}")
 
+    def stage(self, step: int) -> tuple[int, int]:
+        """The steps at which the stage of a step begins and ends: all are in one.
+
+        The rate starts anew in each stage. Chapter 8 trains in several.
+        """
+        return 0, self.steps
+
 # %% ../nbs/02_training.ipynb #cff3326a
 def learning_rate(step: int, config: FitConfig) -> float:
-    """The rate at a step counted from 1: linear warm-up, then half a cosine down."""
+    """The rate at a step counted from 1: linear warm-up, then as `lr_decay` says."""
+    begin, end = config.stage(step)
+    step, steps = step - begin, end - begin
     if step <= config.warmup:
         return config.lr * step / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+    left = 1.0
+    if config.lr_decay == "cosine":
+        done = (step - config.warmup) / max(1, steps - config.warmup)
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.lr_decay == "linear":
+        left = min(1.0, 5 * (1 - step / steps))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
 
 # %% ../nbs/02_training.ipynb #5b52886b
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -327,7 +342,8 @@ def start_accelerator(device: torch.device) -> Accelerator:
 def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Tensor],
         config: FitConfig, *, ema_model: nn.Module | None = None,
         folder: Path | None = None, resume: bool = False,
-        settings: dict | None = None) -> Iterator[Record]:
+        settings: dict | None = None,
+        before_step: Callable[[int], None] | None = None) -> Iterator[Record]:
     """Train `model` in place on batches of `data`; yield a `Record` after each step.
 
     `loss(model, batch)` returns a scalar, the mean over the batch. Between steps the
@@ -336,7 +352,8 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
     `folder`, every step is logged to `log.jsonl`, and the complete state is saved every
     `config.save_every` steps and after the last one; `resume=True` continues from the
     newest state, exactly, or starts if there is none. `settings` is anything else that
-    must be the same when a run resumes.
+    must be the same when a run resumes. `before_step(step)` may change the loss, as in
+    stages.
 
     Raises FloatingPointError if the loss or its gradient is not finite, before it
     reaches the weights; OSError if the disk is full; ValueError if a run would be
@@ -360,6 +377,8 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
         share=slice(trainer.rank, None, trainer.processes))
     for step in range(done + 1, config.steps + 1):
         started = time.perf_counter()
+        if before_step is not None:
+            before_step(step)
         value, norm = trainer.gradient(batches)
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise FloatingPointError(

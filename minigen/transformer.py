@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TransformerConfig', 'check_choices', 'check_choice', 'KVCache', 'Attention', 'MLP', 'Block', 'Positions',
-           'initialize', 'Transformer', 'unwrap', 'SwiGLU', 'make_mlp', 'make_norm', 'rope_table', 'rotate',
-           'check_indices']
+           'initialize', 'Transformer', 'unwrap', 'SwiGLU', 'make_mlp', 'make_norm', 'drop_path', 'rope_table',
+           'rotate', 'check_indices']
 
 # %% ../nbs/01_pixel_gpt.ipynb #dc9286b8
 from collections.abc import Callable
@@ -25,6 +25,8 @@ class TransformerConfig:
     heads: int = 4  # N: attention heads in each block
     dim: int = 128  # D: width of the residual stream
     dropout: float = 0.0  # small models that see each image a few times need none
+    attention_dropout: float | None = None  # of attention's weights; None: as `dropout`
+    drop_path: float = 0.0  # share of images that skip a layer of the last block
     bias: bool = False  # in Linear and LayerNorm: GPT-2 has them, nanoGPT does not
     norm: Literal["layer", "rms"] = "layer"  # GPT-2's, or Llama's
     mlp: Literal["gelu", "swiglu"] = "gelu"  # GPT-2's, or Llama's
@@ -37,6 +39,9 @@ class TransformerConfig:
             fits = [n for n in range(1, self.heads + 1) if self.dim % n == 0]
             raise ValueError(f"dim {self.dim} cannot be split among {self.heads} "
                              f"heads; up to that number, {fits} divide it")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError("drop_path is a share of the images, from 0 to below 1, "
+                             f"found {self.drop_path}")
 
 
 def check_choices(config) -> None:
@@ -87,6 +92,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, causal: bool = True):
         super().__init__()
         self.heads, self.dropout, self.causal = config.heads, config.dropout, causal
+        own = config.attention_dropout
+        self.attention_dropout = config.dropout if own is None else own
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.proj = nn.Linear(config.dim, config.dim, bias=config.bias)
 
@@ -99,9 +106,9 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)                  # (B, N, S, D/N)
-        y = F.scaled_dot_product_attention(
+        y = F.scaled_dot_product_attention(                   # (B, N, T, D/N)
             q, k, v, mask, is_causal=self.causal and mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0) # (B, N, T, D/N)
+            dropout_p=self.attention_dropout if self.training else 0.0)
         y = self.proj(y.transpose(1, 2).flatten(2))           # (B, T, D)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
@@ -127,11 +134,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = make_norm(config), Attention(config, causal)
         self.norm2, self.mlp = make_norm(config), make_mlp(config)
+        self.drop_path = 0.0  # share of images that skip a layer in training
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0,
-                mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), cache, layer, mask, rope)
-        return x + self.mlp(self.norm2(x))                    # (B, T, D)
+    def forward(self, x: Tensor, *context) -> Tensor:  # what attention needs besides x
+        skip = self.drop_path if self.training else 0.0
+        x = x + drop_path(self.attention(self.norm1(x), *context), skip)
+        return x + drop_path(self.mlp(self.norm2(x)), skip)   # (B, T, D)
 
 # %% ../nbs/01_pixel_gpt.ipynb #bf30db33
 class Positions(nn.Module):
@@ -189,6 +197,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.norm = make_norm(config)
         self.apply(initialize)
+        for n, block in enumerate(self.blocks):  # the deeper, the oftener skipped
+            block.drop_path = config.drop_path * n / max(1, config.depth - 1)
         for block in self.blocks:  # 2 * depth of them add up (GPT-2, section 2.3)
             for added in (block.attention.proj, block.mlp.down):
                 nn.init.normal_(added.weight, std=0.02 / (2 * config.depth) ** 0.5)
@@ -277,6 +287,18 @@ def make_norm(config: TransformerConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.dim, eps=1e-5)
     return nn.LayerNorm(config.dim, bias=config.bias)
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """What a layer adds, (B, ...): zero for a share of the images, larger for others.
+
+    Stochastic depth (Huang et al. 2016); the mean stays the same.
+    """
+    if not rate:
+        return x
+    kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * kept / (1 - rate)
+
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20003
 def rope_table(rows: int, columns: int, dim: int, prefix: int = 0) -> Tensor:

@@ -71,6 +71,40 @@ def test_notebook_is_clean(exported, path):
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 
 
+def visible(notebook):
+    """The cells of a chapter, and whether a reader sees their source unfolded."""
+    for cell in notebook["cells"]:
+        tags = set(cell["metadata"].get("tags", ()))
+        if "remove-cell" not in tags:
+            yield cell, "".join(cell["source"]), "hide-input" not in tags
+
+
+@each_notebook
+def test_code_comes_in_pieces_and_prose_before_it(path):
+    before = "code"
+    for cell, source, shown in visible(json.loads(path.read_text())):
+        kind = cell["cell_type"]
+        first = source[:60]
+        assert kind == "markdown" or before == "markdown", f"no prose before: {first}"
+        if kind == "code" and shown:
+            assert source.count("\n") <= 50, f"a wall, fold it or cut it: {first}"
+        before = kind
+
+
+@each_notebook
+def test_reading_takes_as_long_as_stated(path):
+    # 180 words, or 15 lines of the code that is not folded, a minute
+    minutes, text = 0.0, ""
+    for cell, source, shown in visible(json.loads(path.read_text())):
+        if cell["cell_type"] == "markdown":
+            text += source
+            minutes += len(re.findall(r"[A-Za-z]\S*", source)) / 180
+        elif shown:
+            minutes += sum(map(bool, source.splitlines())) / 15
+    stated = int(re.search(r"Reading takes about (\d+) minutes", text)[1])
+    assert abs(stated - minutes) <= 5 + 0.1 * minutes, f"{minutes:.0f} minutes"
+
+
 @each_notebook
 def test_notebook_is_a_chapter(path):
     toc = (ROOT / "_toc.yml").read_text()

@@ -1,5 +1,7 @@
 """Colors, images as sequences, and the measures of chapter 1."""
 
+import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,12 +17,15 @@ from minigen.pixelgpt import (
     PixelGPTConfig,
     TokenDataset,
     WindowDataset,
+    baseline_losses,
     explained_by_group,
     image_statistics,
     neighbor_correlation,
     next_pixel_loss,
+    occurrences,
     row_statistics_distance,
 )
+from minigen.train import pixelgpt
 
 TINY = PixelGPTConfig(size=6, bits=2, depth=2, heads=2, dim=16)
 
@@ -127,6 +132,56 @@ def test_images_as_sequences():
     tokens = TokenDataset([SimpleNamespace(image=image) for image in x], tokenizer)
     assert len(tokens) == 3
     assert torch.equal(torch.stack([tokens[n] for n in range(3)]), tokenizer.encode(x))
+
+
+def test_occurrences_are_counted():
+    values, wanted = torch.tensor([7, 2, 7, 7, 0]), torch.tensor([7, 1, 0, 9, 2, -1])
+    assert occurrences(values, wanted).tolist() == [3, 0, 1, 0, 1, 0]
+
+
+def test_baselines_are_those_of_a_loop():
+    vocab, columns, strength = 3, 4, 2.0
+    train, val = (torch.randint(vocab, (5, 12), generator=torch.Generator().manual_seed(
+        seed)) for seed in (0, 1))
+
+    def examples(tokens):  # (here, previous, above)
+        return [(row[t], row[t - 1], row[t - columns] if t >= columns else None)
+                for row in tokens.tolist() for t in range(1, 12)]
+
+    seen, nats = examples(train), Counter()
+    same = sum(here == previous for here, previous, _ in seen) / len(seen)
+    for here, previous, above in examples(val):
+        p = 1 / vocab
+        nats["uniform"] -= math.log(p)
+        nats["copy"] -= math.log(same if here == previous else (1 - same) / (vocab - 1))
+        for name, known in (("unigram", ()), ("previous", (previous,)),
+                            ("previous and above", (previous, above))):
+            alike = [s[0] for s in seen if s[1 : 1 + len(known)] == known]
+            p = (alike.count(here) + strength * p) / (len(alike) + strength)
+            nats[name] -= math.log(p)
+    found = baseline_losses(train, val, vocab, columns, strength)
+    assert found == pytest.approx({k: v / (5 * 11) for k, v in nats.items()})
+
+
+def test_baselines_of_images_that_never_change():
+    tokens = torch.full((2, 9), 4)
+    found = baseline_losses(tokens, tokens, vocab_size=8, columns=3)
+    assert found["uniform"] == pytest.approx(math.log(8))
+    assert found["copy"] < 1e-5
+    assert 0 < found["previous and above"] < found["previous"] < found["unigram"]
+
+
+def test_the_paper_preset_is_the_published_recipe():
+    # nanoGPT-BMP's train.py: 40 images of batch size 1 a step; sample.py: 0.8
+    paper = pixelgpt.PRESETS["paper"]
+    assert (paper.batch_size, paper.accumulate, paper.lr, paper.warmup) == (
+        40, 1, 6e-4, 200)
+    assert (paper.steps, paper.final_lr, paper.weight_decay, paper.clip) == (
+        10_000, 0.1, 0.1, 1.0)
+    assert (paper.betas, paper.ema, paper.temperature) == ((0.9, 0.95), 0.0, 0.8)
+    assert (paper.depth, paper.heads, paper.dim, paper.bits, paper.size) == (
+        4, 4, 128, 4, 64)
+    assert (paper.sequences, paper.positions) == ("windows", "learned")
 
 
 def test_neighbor_correlation_against_numpy():

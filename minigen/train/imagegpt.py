@@ -193,6 +193,15 @@ def find_tokenizer(checkpoint: str | Path, model: nn.Module) -> VQModel:
         "--tokenizer")
 
 
+def tokenizer_of(checkpoint: str | Path, model: nn.Module,
+                 options: SampleOptions) -> VQModel:
+    """The tokenizer that the options name, or the model's; ValueError if another."""
+    tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
+                 else find_tokenizer(checkpoint, model))
+    check_tokenizer(model, tokenizer)
+    return tokenizer
+
+
 def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
          **more) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) of the model that `load(checkpoint)` finds, and the labels.
@@ -202,9 +211,7 @@ def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
     """
     device, count = pick_device(), options.count
     model = load(checkpoint, kind).to(device)
-    tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
-                 else find_tokenizer(checkpoint, model)).to(device)
-    check_tokenizer(model, tokenizer)
+    tokenizer = tokenizer_of(checkpoint, model, options).to(device)
     tops, labels = None, torch.arange(count) % max(1, model.config.classes)
     if options.start == "half":
         side = model.config.height * tokenizer.config.downsample
@@ -233,5 +240,10 @@ def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
 def sample(checkpoint: str, options: SampleOptions) -> Path:
     """Write a grid of the images that `draw` returns."""
     images, _ = draw(checkpoint, options)
+    return save_samples(images, options)
+
+
+def save_samples(images: Tensor, options: Options) -> Path:
+    """Write a grid of images (B, 3, H, W) to the file of the options."""
     save_grid(images, options.out, scale=options.scale, columns=options.columns)
     return options.out

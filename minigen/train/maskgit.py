@@ -9,13 +9,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from minigen.checkpoints import load
-from minigen.codes import load_tokenizer
 from minigen.data import load_dataset
 from minigen.devices import pick_device
 from minigen.maskgit import MaskGIT, Masking, Order, masked_token_loss
 from minigen.runs import Task, run
 from minigen.sampling import Guidance
-from minigen.show import save_grid
 from minigen.train import imagegpt
 
 
@@ -79,8 +77,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
         return imagegpt.draw(checkpoint, options, MaskGIT, **more)
     device = pick_device()
     model = load(checkpoint, MaskGIT).to(device)
-    tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
-                 else imagegpt.find_tokenizer(checkpoint, model)).to(device)
+    tokenizer = imagegpt.tokenizer_of(checkpoint, model, options).to(device)
     side = tokenizer.config.downsample
     size = model.config.height * side, model.config.width * side
     val = load_dataset(options.data, size[0], "val", options.count)
@@ -119,5 +116,4 @@ def read_mask(source: str, height: int, width: int) -> Tensor:
 def sample(checkpoint: str, options: SampleOptions) -> Path:
     """Write a grid of the images that `draw` returns."""
     images, _ = draw(checkpoint, options)
-    save_grid(images, options.out, scale=options.scale, columns=options.columns)
-    return options.out
+    return imagegpt.save_samples(images, options)
