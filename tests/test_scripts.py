@@ -354,6 +354,13 @@ def test_bench_of_gpt(minigen):
         assert any(part in case for case in cases)
 
 
+def test_bench_of_npp(minigen):
+    cases = [row["case"] for row in bench(minigen, "npp")]
+    for part in ("patch side 4", "optimizer included", "patch loss", "largest difference",
+                 "its products alone"):
+        assert any(part in case for case in cases)
+
+
 def test_sweep_of_sampling_settings(minigen, monkeypatch):
     from minigen.bench import sweep
 
