@@ -356,8 +356,8 @@ def test_bench_of_gpt(minigen):
 
 def test_bench_of_npp(minigen):
     cases = [row["case"] for row in bench(minigen, "npp")]
-    for part in ("patch side 4", "optimizer included", "patch loss", "largest difference",
-                 "its products alone"):
+    for part in ("patch side 4", "optimizer included", "patch loss",
+                 "largest difference", "its products alone"):
         assert any(part in case for case in cases)
 
 
