@@ -50,7 +50,8 @@ def write_archive(
         missing = np.flatnonzero(done == 0)
         processes.wait_for_everyone()  # until all have read the same
         share = missing[processes.process_index :: processes.num_processes]
-        for n in tqdm(share, "drawing", unit="batch", disable=None if is_main else True):
+        quiet = {} if is_main else {"disable": True}  # {}: TQDM_DISABLE decides
+        for n in tqdm(share, "drawing", unit="batch", **quiet):
             numbers = torch.arange(n * BATCH, min((n + 1) * BATCH, count))
             generator = torch.Generator(device).manual_seed((seed << 32) + int(n))
             drawn = (draw(numbers, generator) * 255).round().byte()

@@ -44,6 +44,8 @@ from minigen.checkpoints import (
 from .data import endless_batches
 from .devices import is_main_process, join_processes, pick_dtype
 from .files import write_text
+from .transformer import check_choice
+
 
 # %% ../nbs/02_training.ipynb #f8d5c5b9
 @dataclass(kw_only=True)
@@ -77,6 +79,7 @@ class FitConfig:
             raise ValueError("steps, batch_size and accumulate must be at least 1, "
                              f"found {self.steps}, {self.batch_size} and "
                              f"{self.accumulate}")
+        check_choice("lr_decay", self.lr_decay, ("cosine", "linear", "none"))
 
     def stage(self, step: int) -> tuple[int, int]:
         """The steps at which the stage of a step begins and ends: all are in one.

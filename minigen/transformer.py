@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.depth))
         self.norm = make_norm(config)
         self.apply(initialize)
-        for n, block in enumerate(self.blocks):  # the deeper, the oftener skipped
+        for n, block in enumerate(self.blocks):  # deeper ones are skipped more often
             block.drop_path = config.drop_path * n / max(1, config.depth - 1)
         for block in self.blocks:  # 2 * depth of them add up (GPT-2, section 2.3)
             for added in (block.attention.proj, block.mlp.down):

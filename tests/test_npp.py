@@ -410,3 +410,32 @@ def test_samples_of_a_run_in_an_archive(tmp_path):
     main(["sample", str(config.out), "--count", "7", "--out", str(out)])
     images = np.load(out)["arr_0"]
     assert images.shape == (7, config.size, config.size, 3)
+    with pytest.raises(ValueError, match="drawn from nothing: leave out --start half"):
+        script.sample(str(config.out), script.SampleOptions(
+            start="half", out=tmp_path / "half.npz"))
+
+
+def test_processes_share_an_archive(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import torch
+from minigen import archive
+from minigen.__main__ import end_processes
+archive.BATCH = 10
+def draw(numbers, generator):
+    return torch.rand(len(numbers), 3, 4, 4, generator=generator)
+archive.write_archive(Path(sys.argv[1]), 95, 4, 3, {}, draw)
+end_processes()
+"""
+    (tmp_path / "draw.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for count in (1, 2):
+        done = subprocess.run(
+            [*launch, "--nproc-per-node", str(count), str(tmp_path / "draw.py"),
+             str(tmp_path / f"{count}.npz")], capture_output=True, text=True,
+            env=os.environ | {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"})
+        assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / f"{count}.npz")["arr_0"] for count in (1, 2))
+    assert len(one) == 95
+    assert np.array_equal(one, two)

@@ -144,6 +144,26 @@ def test_learning_rate():
     assert rates[9:] == sorted(set(rates[9:]), reverse=True)
 
 
+def test_other_ways_for_the_rate_to_fall():
+    config = FitConfig(steps=100, lr=2.0, warmup=10, final_lr=0.1, lr_decay="none")
+    rates = [learning_rate(step, config) for step in range(1, 101)]
+    assert set(rates[9:]) == {2.0}
+    line = replace(config, lr_decay="linear")
+    rates = [learning_rate(step, line) for step in range(1, 101)]
+    assert rates[9:80] == pytest.approx([2.0] * 71)
+    assert rates[80:] == pytest.approx([2 - 0.09 * n for n in range(1, 21)])
+    with pytest.raises(ValueError, match="lr_decay must be one of .*, found 'moon'"):
+        replace(config, lr_decay="moon")
+
+
+def test_the_caller_hears_of_each_step_before_it_is_taken():
+    heard, model, data = [], nn.Linear(2, 1), TensorDataset(torch.ones(4, 2))
+    config = FitConfig(steps=3, batch_size=2)
+    for record in fit(model, data, lambda m, b: m(b[0]).sum(), config,
+                      before_step=heard.append):
+        assert heard == [*range(1, record.step + 1)]
+
+
 def test_decay_is_for_matrices_only():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model[1].bias.requires_grad_(False)

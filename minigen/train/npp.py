@@ -63,7 +63,7 @@ def preset(name: str, **changes) -> Config:
 PRESETS = {
     "test": preset("test", steps=4, eval_steps=(1, 4), mlp_multiple=8),
     "demo": preset("demo", mlp_multiple=8),
-    # 5e14 FLOPs, as chapter 5's, which are more steps where two thirds are cheaper
+    # 5e14 FLOPs as in chapter 5, which pay for more steps at level 2
     "cpu": preset("cpu", mlp_multiple=8, steps=6250,
                   eval_steps=(100, 400, 1000, 3125, 6250)),
     "full": preset("full"),
@@ -90,8 +90,8 @@ def build(config: Config, device: torch.device) -> Task:
     def before_step(step: int) -> None:
         loss.side = config.side(step)
 
-    return replace(task, before_step=before_step,
-                   settings={"level": config.level, "epoch_rate": config.epoch_rate})
+    stages = {"level": config.level, "epoch_rate": config.epoch_rate}
+    return replace(task, before_step=before_step, settings=task.settings | stages)
 
 
 def main(config: Config) -> dict:
@@ -117,6 +117,9 @@ def sample(checkpoint: str, options: SampleOptions) -> Path:
     if options.out.suffix != ".npz":
         images, _ = draw(checkpoint, options)
         return imagegpt.save_samples(images, options)
+    if options.start != "nothing":
+        raise ValueError("images in an .npz file are drawn from nothing: leave out "
+                         f"--start {options.start}, or write a picture file")
     device = pick_device()
     model = load(checkpoint, NPP).to(device)
     tokenizer = imagegpt.tokenizer_of(checkpoint, model, options).to(device)
