@@ -26,6 +26,7 @@ from minigen.devices import hardware
 from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
+LONG = ("pixels", "sweep")  # measure what models draw; only run if named
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 
@@ -108,8 +109,8 @@ def main(arguments: list[str]) -> None:
         "minigen bench", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
-                        help=f"which to run: {', '.join(names)}; all but sweep, which "
-                             "takes an hour, without a name")
+                        help=f"which to run: {', '.join(names)}; without a name all "
+                             f"but {' and '.join(LONG)}, which take an hour")
     parser.add_argument("--quick", action="store_true",
                         help="shorter sequences and fewer repetitions")
     parser.add_argument("--json", action="store_true",
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"there is no benchmark {', '.join(sorted(unknown))}: choose "
                          f"from {', '.join(names)}")
     table = {name: importlib.import_module(f"{__name__}.{name}").rows(options.quick)
-             for name in options.names or [name for name in names if name != "sweep"]}
+             for name in options.names or [name for name in names if name not in LONG]}
     if options.json:
         rows = [asdict(row) | {"reached": row.reached, "benchmark": name}
                 for name, found in table.items() for row in found]
