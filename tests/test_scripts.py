@@ -361,18 +361,40 @@ def test_bench_of_npp(minigen):
         assert any(part in case for case in cases)
 
 
+def noise_images(name, options):
+    noise = torch.Generator().manual_seed(0)
+    return (torch.rand(options.count, 3, 64, 64, generator=noise),
+            torch.arange(options.count) % 9)
+
+
 def test_sweep_of_sampling_settings(minigen, monkeypatch):
     from minigen.bench import sweep
 
     assert len({str(setting) for setting in sweep.SETTINGS}) == len(sweep.SETTINGS) > 9
-    noise = torch.rand(72, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(sweep, "draw", lambda name, options: (
-        noise, torch.arange(options.count) % 9))
+    monkeypatch.setattr(sweep, "draw", noise_images)
     rows = {row["unit"] + row["case"]: row for row in bench(minigen, "sweep")}
-    assert set(rows) == {"FDguidance 1.0", "accuracyguidance 1.0", "FDreal images"}
+    assert set(rows) == {"FDguidance 1.0", "accuracyguidance 1.0", "FDreal images",
+                         "accuracyreal images"}
     noise, real = rows["FDguidance 1.0"]["value"], rows["FDreal images"]["value"]
     assert noise > 5 * real, "noise is no landscape"
     assert rows["accuracyguidance 1.0"]["value"] < 0.5
+    assert rows["accuracyreal images"]["value"] > 0.9
+
+
+def test_sweep_of_the_steps_of_maskgit(minigen, monkeypatch):
+    from minigen.bench import steps
+
+    assert len({str(setting) for setting in steps.SETTINGS}) == len(steps.SETTINGS) > 30
+    for setting in steps.SETTINGS:
+        steps.maskgit.SampleOptions(**setting)
+    asked = []
+    for chapter in (steps.maskgit, steps.imagegpt):
+        monkeypatch.setattr(chapter, "draw", lambda name, options: (
+            asked.append((name, options.count)), noise_images(name, options))[1])
+    rows = {row["unit"] + row["case"]: row for row in bench(minigen, "steps")}
+    assert asked == [("maskgit", 72), ("maskgit", 1), ("imagegpt", 72), ("imagegpt", 1)]
+    assert rows["FDsteps 1"]["value"] > 5 * rows["FDreal images"]["value"]
+    assert rows["recallreal images"]["value"] > 0.5 > rows["recallImageGPT"]["value"]
 
 
 def test_ways_to_read_an_image_of_pixels(minigen):

@@ -26,7 +26,7 @@ from minigen.devices import hardware
 from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
-LONG = ("pixels", "sweep")  # measure what models draw; only run if named
+LONG = ("pixels", "steps", "sweep")  # measure what models draw; only run if named
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"which to run: {', '.join(names)}; without a name all "
-                             f"but {' and '.join(LONG)}, which take an hour")
+                             f"but {', '.join(LONG)}, which take an hour each")
     parser.add_argument("--quick", action="store_true",
                         help="shorter sequences and fewer repetitions")
     parser.add_argument("--json", action="store_true",

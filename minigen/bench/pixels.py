@@ -3,7 +3,7 @@
 Each case trains on the same landscapes of 16 x 16 pixels in 512 colors, with three
 seeds. FD-landscape compares 256 drawn images with real ones in the same colors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,19 +12,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minigen.bench import Row
-from minigen.data import load_dataset
+from minigen.bench.sweep import Judge, as_rows, landscapes
 from minigen.devices import pick_device
 from minigen.gpt import GPT, GPTConfig
-from minigen.metrics import (
-    frechet_distance,
-    horizontal_bias,
-    in_batches,
-    load_extractor,
-)
 from minigen.pixelgpt import ColorTokenizer, WindowDataset, next_pixel_loss
 from minigen.training import FitConfig, fit
 
 SIZE, BITS, SEPARATOR = 16, 3, 512
+UNITS = ("nats", "FD", "bias", "in place")
 STEPS = (50, 100, 200, 400, 800, 1600)
 FIT = FitConfig(steps=STEPS[-1], batch_size=16, lr=4e-3, warmup=50, precision="float32",
                 eval_steps=STEPS)
@@ -97,9 +92,8 @@ def nats_per_color(model: Drawer, tokens: Tensor) -> float:
 
 
 def train_and_measure(case: Case, seed: int, config: FitConfig, train: Tensor,
-                      val: Tensor, judge: Callable[[Tensor], dict[str, float]],
-                      ) -> Iterator[tuple[int, str, float]]:
-    """Yield (step, unit, value) at the steps to evaluate at."""
+                      val: Tensor, judge: Judge) -> Iterator[tuple[int, dict]]:
+    """Yield the step, and figures by their units, whenever they are due."""
     torch.manual_seed(seed)
     device = pick_device()
     model, data = Drawer(case).to(device), case.encode(train)
@@ -116,8 +110,7 @@ def train_and_measure(case: Case, seed: int, config: FitConfig, train: Tensor,
         found = {"nats": nats_per_color(model, tokens)} | judge(case.decode(drawn))
         if case.separators:
             found["in place"] = case.in_place(drawn)
-        for unit, value in found.items():
-            yield record.step, unit, value
+        yield record.step, found
         model.train()
 
 
@@ -127,32 +120,19 @@ def rows(quick: bool) -> list[Row]:
     if quick:
         cases, seeds, count, drawn = [CASES[0], CASES[3], CASES[4]], 1, 64, 72
         config = replace(FIT, steps=2, warmup=1, eval_steps=(1, 2))
-    extractor = load_extractor().to(pick_device())
-
-    def images(split: str, count: int) -> Tensor:
-        data = load_dataset("landscapes", SIZE, split, count)
-        return torch.stack([item.image for item in data])
-
-    def features(images: Tensor) -> Tensor:
-        return torch.cat([extractor(batch) for batch in in_batches(images)])
-
-    def judge(images: Tensor) -> dict[str, float]:
-        return {"FD": frechet_distance(features(images), real_features),
-                "bias": horizontal_bias(images, real)}
 
     def in_colors(images: Tensor) -> Tensor:
         return CASES[0].decode(CASES[0].encode(images))
 
-    train, val = images("train", count), images("val", drawn)
-    real = in_colors(images("test", 72 if quick else 1000))
-    real_features, found = features(real), []
-    note = f"{drawn} images, extractor {extractor.hash}"
+    train, val = (landscapes(*which, SIZE)[0]
+                  for which in (("train", count), ("val", drawn)))
+    judge = Judge(in_colors(landscapes("test", 72 if quick else 1000, SIZE)[0]))
+    note, found = f"{drawn} images, extractor {judge.extractor.hash}", []
     for case in cases:
         for seed in range(seeds):
-            for step, unit, value in train_and_measure(
+            for step, figures in train_and_measure(
                     case, seed, config, train, val, judge):
                 if case is CASES[0] or step == config.steps:
                     name = f"{case.name}, seed {seed}, step {step}"
-                    found.append(Row(name, value, unit, note=note))
-    return found + [Row("real images", value, unit, note=note)
-                    for unit, value in judge(in_colors(val)).items()]
+                    found += as_rows(name, figures, UNITS, note)
+    return found + as_rows("real images", judge(in_colors(val)), UNITS, note)
