@@ -566,6 +566,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'minigen.vqgan.VQGAN.generator_loss': ('vq_tokenizer.html#vqgan.generator_loss', 'minigen/vqgan.py'),
                                'minigen.vqgan.VQGAN.reconstruction_loss': ( 'vq_tokenizer.html#vqgan.reconstruction_loss',
                                                                             'minigen/vqgan.py'),
+                               'minigen.vqgan.VQGAN.train': ('vq_tokenizer.html#vqgan.train', 'minigen/vqgan.py'),
                                'minigen.vqgan.adaptive_weight': ('vq_tokenizer.html#adaptive_weight', 'minigen/vqgan.py'),
                                'minigen.vqgan.hinge_loss': ('vq_tokenizer.html#hinge_loss', 'minigen/vqgan.py'),
                                'minigen.vqgan.tokenizer_loss': ('vq_tokenizer.html#tokenizer_loss', 'minigen/vqgan.py')}}}

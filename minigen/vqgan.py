@@ -112,21 +112,31 @@ class VQGAN(nn.Module):
     quantizer's own. `features` weighs the distance of a small network's features,
     `perceptual` that of VGG's; `adversarial`, after `start` batches, a discriminator
     that trains alongside (Esser et al. 2021). One sum serves both networks: each loss
-    trains only one.
+    trains only one. With `decoder_only` the tokens of an image stay what they were.
     """
 
     def __init__(self, model: VQModel, pixels: Literal["l1", "l2"] = "l2",
                  features: float = 0.0, perceptual: float = 0.0,
                  adversarial: float = 0.0, start: int = 0, channels: int = 32,
-                 layers: int = 2):
+                 layers: int = 2, decoder_only: bool = False):
         super().__init__()
         self.model, self.config, self.start = model, model.config, start
+        self.frozen = [model.encoder, model.quantizer] if decoder_only else []
+        for part in self.frozen:
+            part.requires_grad_(False)
         self.pixels, self.adversarial_weight = pixels, adversarial
         distances = [(features, FeatureLoss), (perceptual, PerceptualLoss)]
         self.distances = [(weight, kind()) for weight, kind in distances if weight]
         discriminator = PatchDiscriminator(channels, layers) if adversarial else None
         self.discriminator = discriminator
         self.register_buffer("batches", torch.tensor(0))  # seen in training
+
+    def train(self, mode: bool = True) -> "VQGAN":
+        """As usual, but frozen parts stay in eval mode: a codebook would move."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def reconstruction_loss(self, images: Tensor, again: Tensor) -> Tensor:
         """How far `again` is from `images`, both in [-1, 1]."""

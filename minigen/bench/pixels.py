@@ -1,7 +1,6 @@
 """What changes a small pixel GPT of chapter 1: quality, not speed.
 
-Each case trains on the same landscapes of 16 x 16 pixels in 512 colors, with three
-seeds. FD-landscape compares 256 drawn images with real ones in the same colors."""
+Each case has three seeds; FD-landscape is of images in the model's few colors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,6 @@
 """How many steps MaskGIT needs, how much noise, and which order: quality and seconds.
 
-The model of chapter 7 beside that of chapter 5, which has the same tokenizer, size and
-training budget. Both draw the same classes with guidance."""
+Beside it is chapter 5's model, of the same tokenizer, size and training budget."""
 
 import time
 

@@ -23,6 +23,7 @@ class Config(RunConfig, VQConfig):
     """A run of chapter 4. Every field is an option of the command line."""
 
     init: str = ""  # a tokenizer of the same shape whose weights to start from
+    decoder_only: bool = False  # keep encoder and codes: tokens mean what they did
     pixels: Literal["l1", "l2"] = "l1"  # absolute or squared error of the pixels
     features: float = 0.1  # weight of the distance of a small network's features
     perceptual: float = 0.0  # weight of LPIPS, which downloads VGG's weights; 0: none
@@ -73,7 +74,8 @@ def build(config: Config, device: torch.device) -> Task:
         model.load_state_dict(start.state_dict())
     gan = VQGAN(model, config.pixels, config.features, config.perceptual,
                 config.adversarial, config.adversarial_start * config.accumulate,
-                config.adversarial_channels, config.adversarial_layers)
+                config.adversarial_channels, config.adversarial_layers,
+                config.decoder_only)
     val, tokens = config.dataset("val"), math.prod(model.grid(config.size, config.size))
     images = torch.stack([item.image for item in val])
     shown = images[: config.samples]
@@ -89,8 +91,8 @@ def build(config: Config, device: torch.device) -> Task:
         return quality | {"tokens_per_image": tokens,
                           "bits_per_pixel": bits / config.size**2}
 
-    settings = ("pixels", "features", "perceptual", "adversarial", "adversarial_start",
-                "adversarial_channels", "adversarial_layers")
+    settings = ("decoder_only", "pixels", "features", "perceptual", "adversarial",
+                "adversarial_start", "adversarial_channels", "adversarial_layers")
     return Task(model=gan.to(device), data=config.dataset("train"), val=val,
                 loss=tokenizer_loss, evaluate=evaluate, summarize=summarize,
                 keep=lambda gan: gan.model, parts="images",
