@@ -235,6 +235,14 @@ def test_the_rate_starts_anew_in_each_stage():
     assert [config.side(step) for step in (1, 100, 101, 200)] == [2, 2, 1, 1]
 
 
+def test_the_control_has_the_schedule_without_the_patches():
+    ours = replace(script.PRESETS["test"], steps=200, level=2, warmup=10, lr=1.0)
+    control = replace(ours, patches=False)
+    for step in range(1, 201):
+        assert learning_rate(step, control) == learning_rate(step, ours)
+        assert control.side(step) == 1
+
+
 def codes_of(tmp_path):
     """A tokenizer of random weights, for runs that only have to run."""
     from minigen.checkpoints import save_checkpoint

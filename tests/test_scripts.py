@@ -397,6 +397,26 @@ def test_sweep_of_the_steps_of_maskgit(minigen, monkeypatch):
     assert rows["recallreal images"]["value"] > 0.5 > rows["recallImageGPT"]["value"]
 
 
+def test_schedules_of_next_patch_prediction(minigen):
+    from minigen.bench import schedules
+
+    rows = {row["case"] + " " + row["unit"]: row["value"]
+            for row in bench(minigen, "schedules")}
+    assert len(schedules.RUNS) == 5
+
+    def cost(name, unit="Mtokens"):
+        return rows[f"{name}, seed 0 {unit}"]
+
+    usual = cost("next token, constant rate")
+    assert cost("next token, NPP's schedule") == usual
+    assert cost("NPP, level 2") / usual == pytest.approx(0.625)
+    assert cost("NPP, level 3") / usual == pytest.approx(0.578, abs=1e-3)
+    for name in schedules.RUNS:
+        config = schedules.configuration(name, 0, False, Path("runs"))
+        assert config.steps == (900 if "compressed" in name else 1500)
+        assert cost(name, "bits") == pytest.approx(10, abs=1)  # untrained: ln 1024
+
+
 def test_ways_to_read_an_image_of_pixels(minigen):
     from minigen.bench import pixels
 

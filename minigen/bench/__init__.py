@@ -26,7 +26,7 @@ from minigen.devices import hardware
 from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
-LONG = ("pixels", "steps", "sweep")  # measure what models draw; only run if named
+LONG = ("pixels", "schedules", "steps", "sweep")  # of quality; only run if named
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 

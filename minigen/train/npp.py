@@ -23,6 +23,7 @@ class Config(imagegpt.Config):
 
     level: int = 2  # stages; the first has patches of 2^(level - 1) tokens a side
     epoch_rate: float = 0.5  # the stage of side 2^n ends at this share to the power n
+    patches: bool = True  # False: the stages have their rates, but all of them tokens
     shape: Literal["", "cpu", "gpu", "B", "L", "XL", "XXL", "3B"] = ""  # sets the sizes
     norm: Literal["layer", "rms"] = "rms"  # GPT-2's, or Llama's
     mlp: Literal["gelu", "swiglu"] = "swiglu"  # GPT-2's, or Llama's
@@ -47,6 +48,8 @@ class Config(imagegpt.Config):
 
     def side(self, step: int) -> int:
         """The side of the patches at a step, in tokens."""
+        if not self.patches:
+            return 1
         _, end = self.stage(step)
         ends = stage_ends(self.steps, self.level, self.epoch_rate)
         return stage_sides(self.level)[ends.index(end)]
@@ -90,7 +93,8 @@ def build(config: Config, device: torch.device) -> Task:
     def before_step(step: int) -> None:
         loss.side = config.side(step)
 
-    stages = {"level": config.level, "epoch_rate": config.epoch_rate}
+    stages = {name: getattr(config, name)
+              for name in ("level", "epoch_rate", "patches")}
     return replace(task, before_step=before_step, settings=task.settings | stages)
 
 
