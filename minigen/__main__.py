@@ -55,7 +55,8 @@ def train(arguments: list[str]) -> None:
     from minigen.devices import is_main_process, pick_preset
 
     chapter, *rest = arguments
-    module, preset = script(chapter), option(rest, "preset") or pick_preset()
+    module, preset = script(chapter), option(rest, "preset")
+    preset = pick_preset() if preset is None else preset
     if preset not in module.PRESETS:
         raise ValueError(f"{chapter} has no preset {preset!r}; it has "
                          f"{', '.join(module.PRESETS)}")
@@ -339,6 +340,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"minigen: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("minigen: interrupted; a run continues with --resume", file=sys.stderr)
+        return 130  # as shells report SIGINT
     return 0
 
 

@@ -49,8 +49,11 @@ def write_json(path: str | Path, value) -> None:
 
 
 def read_json(path: str | Path):
-    """What a JSON file holds."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """What a JSON file holds; ValueError names the file if it holds none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of JSON: {error}") from error
 
 
 @contextmanager

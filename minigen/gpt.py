@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from .checks import read_torch_file
 from .sampling import autoregress, last, sample, start_canvas
 from .transformer import KVCache, Transformer, TransformerConfig, initialize
 
@@ -93,10 +94,11 @@ def read_nanogpt(path) -> GPT:
     `torch.compile` are removed. Raises ValueError if a part is missing or has another
     shape, naming it.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if missing := {"model", "model_args"} - set(checkpoint):
+    checkpoint = read_torch_file(path)
+    found = sorted(checkpoint) if isinstance(checkpoint, dict) else []
+    if missing := {"model", "model_args"} - set(found):
         raise ValueError(f"{path} is not a nanoGPT checkpoint: it has no "
-                         f"{sorted(missing)}, only {sorted(checkpoint)}")
+                         f"{sorted(missing)}, only {found}")
     args = checkpoint["model_args"]
     model = GPT(GPTConfig(
         vocab_size=args["vocab_size"], block_size=args["block_size"],

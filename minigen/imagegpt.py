@@ -54,6 +54,9 @@ class ImageGPTConfig(TransformerConfig):
                 "expected at least one code, a grid of at least 1 x 1 and no negative "
                 f"number of classes, found codebook_size={self.codebook_size}, "
                 f"height={self.height}, width={self.width} and classes={self.classes}")
+        if self.height * self.width > 2**20:
+            raise ValueError("a grid has at most 1,048,576 tokens, found "
+                             f"{self.height} x {self.width}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError("class_dropout is a share of the labels, from 0 to 1, "
                              f"found {self.class_dropout}")

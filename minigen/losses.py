@@ -67,6 +67,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *,
     if len(shapes) > 1 or targets.ndim != hidden.ndim:
         raise ValueError(f"hidden {tuple(hidden.shape)}, targets {tuple(targets.shape)}"
                          " and weights must agree in all axes but the last of hidden")
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows must be at least 1, found {rows}; leave it out to let "
+                         "the size of the vocabulary decide")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))

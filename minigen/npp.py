@@ -5,8 +5,6 @@ __all__ = ['SIZES', 'NPPConfig', 'group_vectors', 'group_tokens', 'check_side', 
            'stage_ends', 'read_gpt', 'multiple_of', 'ours']
 
 # %% ../nbs/08_next_patch_prediction.ipynb #01ee4cb7
-import argparse
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +13,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from .checks import read_torch_file
 from .imagegpt import ImageGPT, ImageGPTConfig
 from .losses import linear_cross_entropy
 from .transformer import initialize, rope_table
@@ -144,11 +143,7 @@ def read_gpt(kind: type[NPP], path: Path, heads: int | None = None) -> NPP:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the path of a model "
                                 "such as c2i_B_256.pt")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a torch file of tensors: {error}") from error
+    found = read_torch_file(path)
     for name in ("model", "ema", "module", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]

@@ -18,6 +18,7 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from .checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_pixels
 from minigen.sampling import (
     ClassEmbedding,
     Guidance,
@@ -88,6 +89,7 @@ class PatchConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_numbers(self, patch_size=POSITIVE, noise=NOT_NEGATIVE)
         if self.mixtures < 1:
             raise ValueError("a distribution has at least 1 component, found "
                              f"mixtures={self.mixtures}")
@@ -407,6 +409,7 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         if images.shape[3] != W or images.shape[2] > H:
             raise ValueError(f"expected images of {H} x {W} pixels, or the top of such "
                              f"images, found {images.shape[2]} x {images.shape[3]}")
+        check_pixels(images)
         return patchify(images, self.config.patch_size)
 
     def decode(self, patches: Tensor) -> Tensor:
@@ -464,6 +467,9 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         you keep. Without the cache the result is the same, but later. The head `mse`
         has one answer at any temperature.
         """
+        if not 0 <= temperature < math.inf:
+            raise ValueError("temperature must be a finite number that is not negative,"
+                             f" found {temperature}; 0 takes the likeliest")
         for patches in [] if isinstance(prompt, int) else prompt:
             self.check(patches[None])
         canvas, given = start_canvas(

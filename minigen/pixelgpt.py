@@ -14,10 +14,11 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .checks import check_pixels
 from .gpt import GPT, GPTConfig
 from .losses import linear_cross_entropy
 from .sampling import last
-from .transformer import TransformerConfig
+from .transformer import TransformerConfig, check_indices
 
 # %% ../nbs/01_pixel_gpt.ipynb #753c6f36
 class ColorTokenizer:
@@ -36,9 +37,7 @@ class ColorTokenizer:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to tokens (B, H*W) int64."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError("expected images of shape (B, 3, H, W), found "
-                             f"{tuple(images.shape)}")
+        check_pixels(images)
         levels = (images * 255).round().long().clamp(0, 255) >> (8 - self.bits)
         r, g, b = rearrange(levels, "b c h w -> c b (h w)")
         return (r << 2 * self.bits) | (g << self.bits) | b        # (B, H*W)
@@ -48,6 +47,7 @@ class ColorTokenizer:
         if tokens.shape[-1] != height * width:
             raise ValueError(f"an image of {height} x {width} has {height * width} "
                              f"pixels, found {tokens.shape[-1]} tokens")
+        check_indices(tokens, self.vocab_size, "colors of this tokenizer")
         top = 2**self.bits - 1
         levels = [(tokens >> shift * self.bits) & top for shift in (2, 1, 0)]
         return rearrange(torch.stack(levels, 1) / top, "b c (h w) -> b c h w", h=height)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device
@@ -24,6 +25,7 @@ from minigen.checkpoints import (
     load,
     save_checkpoint,
 )
+from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from minigen.data import Landscapes, load_dataset
 from minigen.devices import hardware, is_main_process, join_processes, pick_device
 from minigen.files import lock_folder, read_json, write_json
@@ -50,6 +52,7 @@ class RunConfig(FitConfig):
     size: int = 32  # side of the square images, in pixels
     train_images: int = 1600  # how many to train on; 0: landscapes, each seen once
     val_images: int = 64  # and to evaluate on
+    on_error: Literal["raise", "skip"] = "raise"  # what to do with unreadable images
     samples: int = 8  # images to generate at each evaluation
     resume: bool = False  # continue a run that stopped, or return a finished one
     overwrite: bool = False  # replace a run that is in `out`
@@ -61,6 +64,11 @@ class RunConfig(FitConfig):
     eval_steps: tuple[int, ...] = (100, 400)  # steps to evaluate and generate at
     save_every: int = 200  # steps between two saved states
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, size=POSITIVE, train_images=NOT_NEGATIVE,
+                      val_images=POSITIVE, samples=POSITIVE)
+
     def dataset(self, split: str) -> Dataset:
         """The images to train on ("train") or to evaluate on ("val")."""
         if split == "train" and not self.train_images:
@@ -69,7 +77,8 @@ class RunConfig(FitConfig):
             length = self.steps * self.batch_size * self.accumulate
             return Landscapes(self.size, length, seed=self.seed)
         length = self.train_images if split == "train" else self.val_images
-        return load_dataset(self.data, self.size, split, length, seed=self.seed)
+        return load_dataset(self.data, self.size, split, length, self.seed,
+                            self.on_error)
 
     def select(self, kind: type, **more):
         """An instance of the dataclass `kind` from the fields of the same names."""
@@ -256,6 +265,10 @@ class SampleOptions:
     scale: int = 4  # pixels in the file for each pixel of an image
     out: Path = Path("samples.png")
 
+    def __post_init__(self):
+        check_numbers(self, count=POSITIVE, temperature=NOT_NEGATIVE, columns=POSITIVE,
+                      scale=POSITIVE)
+
 
 # ---- what ships
 
@@ -268,6 +281,7 @@ def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
     those of the classes, and those of all steps, or of the last one if the weights do
     not ship.
     """
+    run = Path(run).resolve()  # "runs/.." has a name, too
     result = read_json(run / "result.json")
     if weights:
         save_checkpoint(load(run), data / "checkpoints" / run.name, torch.float16)

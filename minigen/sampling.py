@@ -64,11 +64,15 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
            generator: torch.Generator | None = None) -> Tensor:
     """Draw a token for each row of logits (B, V): (B,) int64.
 
-    Temperature 0 takes the most likely token.
+    Temperature 0 takes the most likely token. ValueError if a row has no largest
+    logit: if one is NaN or infinite, or if none is above minus infinity.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, found {temperature}; "
-                         "0 takes the most likely token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError("temperature must be a finite number that is not negative, "
+                         f"found {temperature}; 0 takes the most likely token")
+    if not torch.compiler.is_compiling() and not logits.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite, so no token can be drawn: "
+                         "its weights or its inputs hold NaN or infinity")
     if temperature == 0:
         return logits.argmax(-1)
     logits = filter_logits(logits.float() / temperature, top_k, top_p)

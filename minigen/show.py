@@ -54,6 +54,9 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 1,
         grid = pad(grid, [-padding] * 4)
     grid = Image.fromarray(to_pixels(grid))
     size = (grid.width * scale, grid.height * scale)
+    if math.prod(size) > 2**28:
+        raise ValueError(f"a picture of {size[0]:,} x {size[1]:,} pixels is too large: "
+                         "enlarge its images less, or show fewer")
     return grid.resize(size, Image.Resampling.NEAREST)
 
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
+from .checks import NOT_NEGATIVE, SHARE, check_numbers
 from minigen.checkpoints import (
     explain_write_error,
     find_state,
@@ -80,6 +81,13 @@ class FitConfig:
                              f"found {self.steps}, {self.batch_size} and "
                              f"{self.accumulate}")
         check_choice("lr_decay", self.lr_decay, ("cosine", "linear", "none"))
+        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
+        check_numbers(self, lr=NOT_NEGATIVE, warmup=NOT_NEGATIVE, final_lr=SHARE,
+                      weight_decay=NOT_NEGATIVE, clip=NOT_NEGATIVE, ema=SHARE,
+                      save_every=NOT_NEGATIVE, workers=NOT_NEGATIVE)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas are shares from 0 to below 1, found "
+                             f"{tuple(self.betas)}")
 
     def stage(self, step: int) -> tuple[int, int]:
         """The steps at which the stage of a step begins and ends: all are in one.

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .checks import POSITIVE, SHARE, check_numbers
+
 # %% ../nbs/01_pixel_gpt.ipynb #f47006ae
 @dataclass(kw_only=True)
 class TransformerConfig:
@@ -35,6 +37,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_choices(self)
+        check_numbers(self, depth=POSITIVE, heads=POSITIVE, dim=POSITIVE,
+                      mlp_multiple=POSITIVE, dropout=SHARE, attention_dropout=SHARE)
         if self.dim % self.heads:
             fits = [n for n in range(1, self.heads + 1) if self.dim % n == 0]
             raise ValueError(f"dim {self.dim} cannot be split among {self.heads} "

@@ -7,10 +7,8 @@ __all__ = ['MULTIPLIERS', 'LLAMAGEN', 'LLAMAGEN_NAMES', 'nearest_code', 'sum_by_
            'llamagen_names', 'read_llamagen', 'codebook_usage', 'reconstruction_quality']
 
 # %% ../nbs/04_vq_tokenizer.ipynb #f83566fd
-import argparse
 import hashlib
 import math
-import pickle
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +22,14 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from minigen.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    check_numbers,
+    check_pixels,
+    read_torch_file,
+)
 from .transformer import check_choices, check_indices
 
 # %% ../nbs/04_vq_tokenizer.ipynb #97133dc3
@@ -238,8 +244,11 @@ class VQConfig:
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise ValueError("codebook_size and codebook_dim must be at least 1, found "
                              f"{self.codebook_size} and {self.codebook_dim}")
-        if self.channels % 4:  # the groups of the norms
+        if self.channels < 1 or self.channels % 4:  # the groups of the norms
             raise ValueError(f"channels must be a multiple of 4, found {self.channels}")
+        check_numbers(self, blocks=POSITIVE, z_channels=POSITIVE, dropout=SHARE,
+                      dead_code_threshold=NOT_NEGATIVE, decay=SHARE,
+                      commitment=NOT_NEGATIVE)
 
 # %% ../nbs/04_vq_tokenizer.ipynb #29d490e1
 def norm(channels: int) -> nn.GroupNorm:
@@ -381,9 +390,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     def vectors(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) without quantizing them: (B, h, w, d)."""
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-            raise ValueError("expected at least one image, (B, 3, H, W) in [0, 1], "
-                             f"found shape {tuple(images.shape)}")
+        check_pixels(images)
         self.grid(*images.shape[2:])
         images = (2 * images - 1).to(self.encoder[0].weight.dtype)
         return rearrange(self.encoder(images), "b d h w -> b h w d")
@@ -482,12 +489,8 @@ def read_llamagen(kind: type[VQModel], path: Path) -> VQModel:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the path of LlamaGen's "
                                 "vq_ds16_c2i.pt or vq_ds8_c2i.pt")
-    try:  # beside the weights there are the options of the run
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a torch file of tensors: {error}") from error
-    weights = weights.get("model") if isinstance(weights, dict) else None
+    weights = read_torch_file(path)  # beside them there are the options of the run
+    weights.get("model") if isinstance(weights, dict) else None
     names = "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight"
     if not isinstance(weights, dict) or not set(names) <= set(weights):
         raise ValueError(f"{path} is not a tokenizer of LlamaGen: expected a `model` "

@@ -71,8 +71,9 @@ def test_raster_order():
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ColorTokenizer(9), r"1 to 8.*bits=9"),
     (lambda: ColorTokenizer(0), r"1 to 8.*bits=0"),
-    (lambda: ColorTokenizer().encode(torch.zeros(2, 1, 4, 4)), r"found \(2, 1, 4, 4\)"),
-    (lambda: ColorTokenizer().encode(torch.zeros(3, 4, 4)), r"found \(3, 4, 4\)"),
+    (lambda: ColorTokenizer().encode(torch.zeros(2, 1, 4, 4)),
+     r"found shape \(2, 1, 4, 4\)"),
+    (lambda: ColorTokenizer().encode(torch.zeros(3, 4, 4)), r"found shape \(3, 4, 4\)"),
     (lambda: ColorTokenizer().decode(torch.zeros(1, 15), 4, 4), r"16 pixels, found 15"),
 ])
 def test_bad_input_is_a_sentence(make, message):

@@ -89,8 +89,9 @@ def make_codes(config: Config,
         out = folder / f"codes-{split}"
         if config.overwrite and not config.codes_in and is_main_process():
             shutil.rmtree(out, ignore_errors=True)
-        found.append(extract_codes(name, config.data, out, size=config.size,
-                                   split=split, seed=config.seed, **options))
+        found.append(extract_codes(
+            name, config.data, out, size=config.size, split=split, seed=config.seed,
+            on_error=config.on_error, **options))
     return name, found
 
 
@@ -179,17 +180,27 @@ class SampleOptions(Options):
 
 
 def find_tokenizer(checkpoint: str | Path, model: nn.Module) -> VQModel:
-    """A model's tokenizer: near its checkpoint, shipped, or where training had it."""
+    """A model's tokenizer: in its checkpoint, beside it, shipped, or on the hub.
+
+    The name comes with the checkpoint, perhaps from a stranger, so it may not lead
+    anywhere else.
+    """
     name, folder = model.config.tokenizer, find_checkpoint(checkpoint).resolve()
-    last = Path(name).name
-    for place in (folder / name, folder.parent / last, last, name) if name else ():
+    last, places = Path(name).name, []
+    if name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+        places.append(folder / name)
+    if last not in ("", ".."):
+        places += [folder.parent / last, last]
+    if name.count("/") == 1 and not Path(name).exists():
+        places.append(name)  # OWNER/NAME
+    for place in places:
         try:
             return load_tokenizer(place)
         except OSError:  # not there
             continue
     raise FileNotFoundError(
-        f"no tokenizer {name} in {folder}, beside it, among those that "
-        f"ship, or here: give the one with fingerprint {model.config.fingerprint} by "
+        f"no tokenizer {name} in {folder}, beside it, among those that ship, or on the "
+        f"hub: give the one with fingerprint {model.config.fingerprint} by "
         "--tokenizer")
 
 

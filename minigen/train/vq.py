@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minigen.checkpoints import differences
+from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from minigen.codes import load_tokenizer
 from minigen.data import load_dataset
 from minigen.devices import pick_device
@@ -34,6 +35,13 @@ class Config(RunConfig, VQConfig):
     weight_decay: float = 0.05  # on matrices only; LlamaGen's
     batch_size: int = 16  # images per batch, over all processes together
     out: Path = Path("runs/vq")  # checkpoint, images and result.json go here
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, features=NOT_NEGATIVE, perceptual=NOT_NEGATIVE,
+                      adversarial=NOT_NEGATIVE, adversarial_start=NOT_NEGATIVE,
+                      adversarial_channels=POSITIVE)
+
 
 PRESETS = presets(
     Config,

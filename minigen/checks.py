@@ -1,0 +1,83 @@
+"""Checks of what comes from outside: numbers, images, files. Each says in one sentence
+what was expected and what was found."""
+
+import argparse
+import math
+import pickle
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
+ROUNDING = 1e-3  # how far beyond 0 and 1 a pixel may be, from half precision
+
+
+def check_numbers(given, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError unless the named attributes are finite and within their ranges.
+
+    A range holds the least and the largest value; None is not checked.
+    """
+    for name, (least, most) in ranges.items():
+        value = getattr(given, name)
+        if value is None or (least <= value <= most and math.isfinite(value)):
+            continue
+        limits = (f"a finite number of at least {least:g}" if most == math.inf
+                  else f"from {least:g} to {most:g}")
+        raise ValueError(f"{name} must be {limits}, found {value}")
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise ValueError unless images (B, 3, H, W) are floats in [0, 1].
+
+    Values are not read while compiling, nor of fake tensors, which have none.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError("expected at least one image, (B, 3, H, W) in [0, 1], found "
+                         f"shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"expected images of floats in [0, 1], found {images.dtype}; "
+                         "8-bit values are to be divided by 255")
+    if torch.compiler.is_compiling() or isinstance(images, FakeTensor):
+        return
+    low, high = (value.item() for value in images.detach().aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # so is NaN
+        raise ValueError("expected images with values from 0 to 1, found "
+                         f"{low:.3g} to {high:.3g}")
+
+
+def has_type(value, hint) -> bool:
+    """Whether a value from JSON has the type of a dataclass's field."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(known) and value == known for known in inner)
+    if origin in (Union, UnionType):
+        return any(has_type(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(
+            has_type(part, inner[0]) for part in value)
+    if hint in (None, NoneType):
+        return value is None
+    if hint in (int, float):
+        known = (int,) if hint is int else (int, float)
+        return isinstance(value, known) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def read_torch_file(path: str | Path):
+    """What a torch file holds: tensors and plain Python. Nothing in it is executed.
+
+    FileNotFoundError if it is not there; ValueError if it is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+            KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not a torch file of tensors: {reason}") from error
