@@ -132,7 +132,7 @@ def code_shape(metadata: dict) -> tuple[int, int, int]:
 def images_done(folder: Path) -> int:
     """How many images a folder holds the codes of; 0 if there is none yet."""
     if (folder / "done.npy").exists():
-        return int(np.load(folder / "done.npy").sum())
+        return int(open_array(folder / "done.npy").sum())
     about = read_metadata(folder) if (folder / "metadata.json").exists() else {}
     return about["images"] if about.get("complete") else 0
 

@@ -519,6 +519,27 @@ def test_incomplete_codes_are_refused(folder, monkeypatch):
         CodeDataset("codes")
 
 
+@pytest.mark.parametrize("name", ["codes", "labels", "done"])
+def test_a_file_that_is_cut_short_is_noticed(name, folder, monkeypatch):
+    """NumPy would fill it with zeros, and the codes would be those of nothing."""
+    stop(monkeypatch)
+    file = folder / f"codes/{name}.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{name}.npy is damaged"):
+        extract()
+
+
+def test_codes_beyond_the_codebook_are_refused(folder):
+    extract()
+    codes = np.load(folder / "codes/codes.npy", mmap_mode="r+")
+    codes[1, 0, 2] = 32
+    codes.flush()
+    found = CodeDataset("codes")
+    assert found[0].tokens.max() < 32
+    with pytest.raises(ValueError, match="image 1 has the code 32, expected 0 to 31"):
+        found[2]
+
+
 def test_codes_of_another_tokenizer_are_refused(folder):
     found, one, other = extract(), load("tokenizer"), load("other")
     assert len(CodeDataset("codes", one)) == len(found)
