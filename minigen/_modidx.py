@@ -455,6 +455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'minigen.training.evaluate': ('training.html#evaluate', 'minigen/training.py'),
                                   'minigen.training.fit': ('training.html#fit', 'minigen/training.py'),
                                   'minigen.training.learning_rate': ('training.html#learning_rate', 'minigen/training.py'),
+                                  'minigen.training.leave_if': ('training.html#leave_if', 'minigen/training.py'),
+                                  'minigen.training.notice_sigterm': ('training.html#notice_sigterm', 'minigen/training.py'),
                                   'minigen.training.progress': ('training.html#progress', 'minigen/training.py'),
                                   'minigen.training.read_log': ('training.html#read_log', 'minigen/training.py'),
                                   'minigen.training.start_accelerator': ('training.html#start_accelerator', 'minigen/training.py'),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from minigen.files import (
 )
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig, next_pixel_loss
 from minigen.runs import run
-from minigen.training import FitConfig, fit, read_log
+from minigen.training import FitConfig, Trainer, fit, notice_sigterm, read_log
 
 TOY = str(Path(__file__).with_name("toy.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -200,6 +201,35 @@ def small_run(folder, items=16, resume=False, settings=None, stop=None, **option
         if record.step == stop:
             break
     return model
+
+
+def test_sigterm_saves_a_state_and_ends_with_its_status(tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    real = Trainer.step
+
+    def asked(self, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "step", asked)
+    with pytest.raises(SystemExit) as left:
+        small_run(tmp_path / "cut", save_every=100)
+    monkeypatch.undo()
+    assert left.value.code == 143
+    assert "ended by SIGTERM" in capsys.readouterr().err
+    assert newest(tmp_path / "cut") == "state-000000004"
+    assert signal.getsignal(signal.SIGTERM) is before
+    cut = small_run(tmp_path / "cut", save_every=100, resume=True)
+    whole = small_run(tmp_path / "whole", save_every=100)
+    for ours, theirs in zip(cut.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_sigterm_of_one_of_several_processes_is_not_ours():
+    before = signal.getsignal(signal.SIGTERM)
+    with notice_sigterm(processes=2):
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_write_that_fails_names_the_last_good_state(tmp_path, monkeypatch):
