@@ -285,14 +285,15 @@ def check_sizes(config: dict, file: Path, about: Path) -> None:
     """Raise ValueError if a size in a configuration is beyond what the weights hold."""
     shapes = stored_shapes(file)
     numbers = max(4096, sum(map(math.prod, shapes.values())))
+    layers = max(64, len(shapes))
     for field, value in config.items():
-        most = len(shapes) if field in ("depth", "blocks") else numbers
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        parts = [part for part in parts if isinstance(part, int)]
-        if len(parts) > len(shapes) or any(part > most for part in parts):
-            raise ValueError(f"{about} has {field} = {value}, too large for "
-                             f"{file.name}, which holds {len(shapes)} tensors with "
-                             f"{numbers:,} numbers at most")
+        most = layers if field in ("depth", "blocks") else numbers
+        several = isinstance(value, (list, tuple))
+        parts = [part for part in (value if several else [value])
+                 if isinstance(part, int) and not isinstance(part, bool)]
+        if several and len(parts) > layers or any(part > most for part in parts):
+            raise ValueError(f"{about} has {field} = {value}, too large for the "
+                             f"{len(shapes)} tensors in {file.name}")
 
 
 def check_shapes(model: nn.Module, file: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .transformer import check_choices, check_indices, initialize, unwrap
 
@@ -70,7 +71,8 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     if not 0 <= temperature < math.inf:
         raise ValueError("temperature must be a finite number that is not negative, "
                          f"found {temperature}; 0 takes the most likely token")
-    if not torch.compiler.is_compiling() and not logits.amax(-1).isfinite().all():
+    unread = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
+    if not unread and not logits.amax(-1).isfinite().all():
         raise ValueError("the model's logits are not finite, so no token can be drawn: "
                          "its weights or its inputs hold NaN or infinity")
     if temperature == 0:

@@ -490,7 +490,7 @@ def read_llamagen(kind: type[VQModel], path: Path) -> VQModel:
         raise FileNotFoundError(f"there is no file {path}: give the path of LlamaGen's "
                                 "vq_ds16_c2i.pt or vq_ds8_c2i.pt")
     weights = read_torch_file(path)  # beside them there are the options of the run
-    weights.get("model") if isinstance(weights, dict) else None
+    weights = weights.get("model") if isinstance(weights, dict) else None
     names = "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight"
     if not isinstance(weights, dict) or not set(names) <= set(weights):
         raise ValueError(f"{path} is not a tokenizer of LlamaGen: expected a `model` "

@@ -321,7 +321,8 @@ def test_trains_with_a_given_tokenizer_and_without_labels(trained, tmp_path):
     assert model.config.classes == 0
     assert "bits_per_token_without_class" not in metrics
     # there is nothing to guide, whatever the default scale is
-    images, labels = script.draw(str(config.out), script.SampleOptions(count=2))
+    options = script.SampleOptions(count=2, tokenizer=config.tokenizer)
+    images, labels = script.draw(str(config.out), options)
     assert (len(images), labels) == (2, None)
     assert not [path for path in config.out.iterdir() if path.is_dir()]
 

@@ -695,7 +695,8 @@ def test_the_perceptual_loss(perceptual, monkeypatch):
     assert_close(value.detach(), total.mean(), rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(vqgan, "PerceptualLoss", lambda: perceptual)
     trained = VQGAN(small(), perceptual=1.0).eval()
-    assert trained(x) > VQGAN(trained.model).eval()(x)
+    pixels = images(2, 3, 32, 32)
+    assert trained(pixels) > VQGAN(trained.model).eval()(pixels)
     assert not any("perceptual" in name for name in trained.state_dict()), "not saved"
     assert trained.discriminator is None
 
