@@ -30,6 +30,13 @@ def check_numbers(given, **ranges: tuple[float, float]) -> None:
         raise ValueError(f"{name} must be {limits}, found {value}")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless a temperature of sampling is finite and not negative."""
+    if not 0 <= temperature < math.inf:  # so is NaN
+        raise ValueError("temperature must be a finite number that is not negative, "
+                         f"found {temperature}; 0 takes what is likeliest")
+
+
 def check_pixels(images: Tensor) -> None:
     """Raise ValueError unless images (B, 3, H, W) are floats in [0, 1].
 

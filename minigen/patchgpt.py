@@ -18,7 +18,13 @@ from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .checks import NOT_NEGATIVE, POSITIVE, check_numbers, check_pixels
+from minigen.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_numbers,
+    check_pixels,
+    check_temperature,
+)
 from minigen.sampling import (
     ClassEmbedding,
     Guidance,
@@ -467,9 +473,7 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         you keep. Without the cache the result is the same, but later. The head `mse`
         has one answer at any temperature.
         """
-        if not 0 <= temperature < math.inf:
-            raise ValueError("temperature must be a finite number that is not negative,"
-                             f" found {temperature}; 0 takes the likeliest")
+        check_temperature(temperature)
         for patches in [] if isinstance(prompt, int) else prompt:
             self.check(patches[None])
         canvas, given = start_canvas(

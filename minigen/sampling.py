@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .checks import check_temperature
 from .transformer import check_choices, check_indices, initialize, unwrap
 
 # %% ../nbs/01_pixel_gpt.ipynb #d0203cff
@@ -68,9 +69,7 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     Temperature 0 takes the most likely token. ValueError if a row has no largest
     logit: if one is NaN or infinite, or if none is above minus infinity.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError("temperature must be a finite number that is not negative, "
-                         f"found {temperature}; 0 takes the most likely token")
+    check_temperature(temperature)
     unread = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
     if not unread and not logits.amax(-1).isfinite().all():
         raise ValueError("the model's logits are not finite, so no token can be drawn: "

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import time
 import warnings
 
 import pytest
@@ -36,6 +35,7 @@ from minigen.patchgpt import PatchGPT, PatchGPTConfig
 from minigen.pixelgpt import ColorTokenizer
 from minigen.sampling import sample
 from minigen.show import image_grid
+from minigen.train import vq
 from minigen.train.imagegpt import find_tokenizer
 from minigen.training import FitConfig
 from minigen.transformer import TransformerConfig
@@ -198,6 +198,8 @@ def test_rows_of_the_loss():
     (runs.RunConfig, {"val_images": 0}), (runs.SampleOptions, {"scale": 0}),
     (runs.SampleOptions, {"columns": -1}), (runs.SampleOptions, {"count": 0}),
     (runs.SampleOptions, {"temperature": math.nan}),
+    (vq.SampleOptions, {"columns": 0}), (vq.SampleOptions, {"count": -1}),
+    (vq.Config, {"features": -1.0}), (vq.Config, {"adversarial": math.nan}),
 ], ids=str)
 def test_settings_that_cannot_be(kind, wrong):
     with pytest.raises(ValueError, match="found") as error:
@@ -371,7 +373,6 @@ WRONG = [
 @pytest.mark.parametrize("options", WRONG)
 def test_options_that_cannot_be(options, tmp_path, capsys):
     arguments = ["train", "pixelgpt", "--preset", "test", *options.split(), "--out"]
-    started = time.monotonic()
     try:
         status = command_line.main([*arguments, str(tmp_path / "run")])
     except SystemExit as error:  # from the parser
@@ -381,7 +382,6 @@ def test_options_that_cannot_be(options, tmp_path, capsys):
     assert error
     assert "Traceback" not in error
     assert not (tmp_path / "run/model.safetensors").exists()
-    assert time.monotonic() - started < 60
 
 
 def test_an_empty_preset(tmp_path, capsys):

@@ -731,11 +731,12 @@ def test_a_run_begins_with_a_given_tokenizer(tmp_path):
         script.main(replace(second, codebook_size=64, out=tmp_path / "third"))
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("quantizer", ["ema", "gradient", "fsq"])
-def test_a_decoder_trained_alone_draws_the_same_tokens(quantizer, tmp_path):
+def test_a_decoder_trained_alone_draws_the_same_tokens(quantizer, ema, tmp_path):
     first = replace(script.PRESETS["test"], quantizer=quantizer, out=tmp_path / "first")
     script.main(first)
-    second = replace(first, init=str(tmp_path / "first"), decoder_only=True, ema=0.9,
+    second = replace(first, init=str(tmp_path / "first"), decoder_only=True, ema=ema,
                      lr=0.01, adversarial=0.5, adversarial_channels=8, seed=1,
                      out=tmp_path / "second")
     assert "--decoder-only" in script.main(second)["command"]

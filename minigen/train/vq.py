@@ -133,6 +133,10 @@ class SampleOptions:
     scale: int = 2  # pixels in the file for each pixel of an image
     out: Path = Path("samples.png")
 
+    def __post_init__(self):
+        check_numbers(self, size=POSITIVE, count=POSITIVE, columns=POSITIVE,
+                      scale=POSITIVE)
+
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor]:
     """Reconstructions (B, 3, H, W) of validation images by a tokenizer, and labels."""
