@@ -107,7 +107,8 @@ def visible(path):
 def assert_same_codes():
     """Those in `codes` are finished, and bit for bit those in `codes-1`."""
     found, expected = visible("codes"), visible("codes-1")
-    assert set(found) == set(expected) == {"codes.npy", "labels.npy", "metadata.json"}
+    assert set(found) == set(expected) == {"codes.npy", "labels.npy", "hashes.npy",
+                                           "metadata.json"}
     assert [name for name in found if found[name] != expected[name]] == []
 
 
@@ -316,7 +317,7 @@ def fail():
 
 def marked():
     """The batches of which all images are marked as done."""
-    file = Path("codes/done.npy")
+    file = Path("codes/hashes.npy")
     done = np.load(file) if file.exists() else np.zeros(20)
     return {n for n in range(7) if done[BATCH * n : BATCH * (n + 1)].all()}
 
@@ -370,7 +371,6 @@ def test_killed_again_and_again(logged, undisturbed, first):
             assert len(encoded - marked()) <= 1
         last = random_lines.randint(1, lines)
     assert last != first, "killed at least once"
-    Path("codes/done.npy").unlink(missing_ok=True)  # killed before it was removed
     assert_same_codes()
 
 
@@ -512,6 +512,33 @@ def test_other_images_are_refused(folder, monkeypatch):
     assert extract(batch_size=4).metadata["complete"]
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_images_that_change_under_their_names_are_refused(complete, folder,
+                                                          monkeypatch):
+    """Half of the codes would be those of other images."""
+    if complete:
+        extract()
+    else:
+        stop(monkeypatch)
+    before, file = visible("codes"), folder / "photos/train/cats/01.jpg"
+    old, other = file.read_bytes(), folder / "photos/train/cats/04.jpg"
+    try:
+        file.write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match="image 0 has changed since its codes"):
+            extract()
+    finally:
+        file.write_bytes(old)
+    assert visible("codes") == before
+    assert extract().metadata["complete"]
+
+
+def test_codes_without_hashes_can_be_read(folder):
+    """They are those of an older version."""
+    extract()
+    os.remove("codes/hashes.npy")
+    assert len(extract()) == 40
+
+
 def test_incomplete_codes_are_refused(folder, monkeypatch):
     stop(monkeypatch)
     message = "codes holds the codes of 6 of 20 images: finish it by `python -m minigen"
@@ -519,7 +546,7 @@ def test_incomplete_codes_are_refused(folder, monkeypatch):
         CodeDataset("codes")
 
 
-@pytest.mark.parametrize("name", ["codes", "labels", "done"])
+@pytest.mark.parametrize("name", ["codes", "labels", "hashes"])
 def test_a_file_that_is_cut_short_is_noticed(name, folder, monkeypatch):
     """NumPy would fill it with zeros, and the codes would be those of nothing."""
     stop(monkeypatch)
