@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'minigen.gpt.GPT.hidden': ('pixel_gpt.html#gpt.hidden', 'minigen/gpt.py'),
                              'minigen.gpt.GPT.stream': ('pixel_gpt.html#gpt.stream', 'minigen/gpt.py'),
                              'minigen.gpt.GPTConfig': ('pixel_gpt.html#gptconfig', 'minigen/gpt.py'),
+                             'minigen.gpt.check_nanogpt': ('pixel_gpt.html#check_nanogpt', 'minigen/gpt.py'),
                              'minigen.gpt.read_nanogpt': ('pixel_gpt.html#read_nanogpt', 'minigen/gpt.py')},
             'minigen.imagegpt': { 'minigen.imagegpt.ImageGPT': ('imagegpt.html#imagegpt', 'minigen/imagegpt.py'),
                                   'minigen.imagegpt.ImageGPT.__init__': ('imagegpt.html#imagegpt.__init__', 'minigen/imagegpt.py'),

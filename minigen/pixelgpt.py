@@ -44,9 +44,9 @@ class ColorTokenizer:
 
     def decode(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, H*W) to images (B, 3, H, W), of levels from 0 to 1."""
-        if tokens.shape[-1] != height * width:
+        if tokens.ndim != 2 or tokens.shape[1] != height * width:
             raise ValueError(f"an image of {height} x {width} has {height * width} "
-                             f"pixels, found {tokens.shape[-1]} tokens")
+                             f"pixels, found tokens of shape {tuple(tokens.shape)}")
         check_indices(tokens, self.vocab_size, "colors of this tokenizer")
         top = 2**self.bits - 1
         levels = [(tokens >> shift * self.bits) & top for shift in (2, 1, 0)]

@@ -71,12 +71,14 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
     """
     check_temperature(temperature)
     unread = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
-    if not unread and not logits.amax(-1).isfinite().all():
+    largest = logits.amax(-1, keepdim=True)
+    if not unread and not largest.isfinite().all():
         raise ValueError("the model's logits are not finite, so no token can be drawn: "
                          "its weights or its inputs hold NaN or infinity")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = filter_logits(logits.float() / temperature, top_k, top_p)
+    logits = (logits.float() - largest) / max(temperature, 1e-30)  # nothing overflows
+    logits = filter_logits(logits, top_k, top_p)
     return sample_categorical(logits.softmax(-1), generator)
 
 # %% ../nbs/01_pixel_gpt.ipynb #a1c20002
