@@ -4,7 +4,11 @@ what was expected and what was found."""
 import argparse
 import math
 import pickle
+import struct
+import zipfile
+import zlib
 from pathlib import Path
+from tokenize import TokenError
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
@@ -13,6 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
+# What NumPy raises when a file is no array, and Python when a file is no archive.
+DAMAGED_ARRAY = (ValueError, EOFError, TypeError, KeyError, SyntaxError, TokenError,
+                 MemoryError, RecursionError, OverflowError)
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError,
+               struct.error)
 ROUNDING = 1e-3  # how far beyond 0 and 1 a pixel may be, from half precision
 
 
@@ -85,6 +94,7 @@ def read_torch_file(path: str | Path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-            KeyError, IndexError, AttributeError, TypeError) as error:
+            KeyError, IndexError, AttributeError, TypeError, AssertionError,
+            struct.error, zlib.error, MemoryError, OverflowError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is not a torch file of tensors: {reason}") from error

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import minigen
 from .checkpoints import differences, load
+from .checks import DAMAGED_ARRAY
 from .data import CachedLandscapes, load_dataset
 from .devices import join_processes, pick_device
 from .files import atomic_write, lock_folder, read_json, reserve, write_json
@@ -108,7 +109,7 @@ def open_array(file: Path) -> np.ndarray:
     """An array that stays on disk; ValueError if its file is cut short."""
     try:
         return np.load(file, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+    except (*DAMAGED_ARRAY, OSError) as error:
         raise ValueError(f"{file} is damaged: {error}; remove the folder and extract "
                          "the codes again") from error
 
@@ -117,10 +118,16 @@ def read_metadata(folder: Path) -> dict:
     """The description of a folder of codes; ValueError if it is not one."""
     file = folder / "metadata.json"
     found = read_json(file) if file.exists() else {}
-    if "fingerprint" not in found:
+    if not isinstance(found, dict) or "fingerprint" not in found:
         raise ValueError(f"{folder} holds no codes: expected a folder that `python -m "
                          "minigen extract-codes` wrote, with a metadata.json, found "
                          f"{'another' if found else 'none'}")
+    kinds = {"images": int, "codebook_size": int, "grid": list, "variants": list,
+             "classes": list, "complete": bool}
+    wrong = [name for name, kind in kinds.items() if type(found.get(name)) is not kind]
+    if wrong or any(type(side) is not int for side in found["grid"]):
+        raise ValueError(f"{file} is damaged: its {', '.join(wrong) or 'grid'} cannot "
+                         "be used; remove the folder and extract the codes again")
     return found
 
 

@@ -173,8 +173,11 @@ def precision_recall(features: Tensor, reference: Tensor,
 
 # %% ../nbs/06_measuring.ipynb #06ae0003
 from .checkpoints import load
+from .checks import DAMAGED_ARRAY, DAMAGED_ZIP
 from minigen.data import (
     BUILDERS,
+    FORMATS,
+    UNREADABLE,
     ImageDataset,
     load_dataset,
     records_of_one_split,
@@ -470,7 +473,7 @@ def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = N
     if name in BUILDERS:
         return data_source(name, split or "val", size, limit)
     path = Path(source)
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and path.is_file():
         return npz_source(path, size, limit)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -527,9 +530,9 @@ def folder_source(path: Path, size: int | None, limit: int | None) -> ImageSourc
     records, classes = records_of_one_split(path)
     if size is None:
         try:
-            with Image.open(records[0][0]) as first:
+            with Image.open(records[0][0], formats=FORMATS) as first:
                 size = min(first.size)
-        except OSError as error:
+        except UNREADABLE as error:
             raise ValueError(f"{records[0][0]} cannot be read as an image") from error
     items = ImageDataset(records[:limit], classes, size)
     labels = torch.tensor([record[1] for record in items.records])
@@ -555,7 +558,7 @@ def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
     try:
         with zipfile.ZipFile(path) as archive:
             _, (count, *sides, _) = opened(archive)
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (*DAMAGED_ARRAY, *DAMAGED_ZIP) as error:
         raise ValueError(f"{path}: {wanted}, found: {error}") from error
     count, size = min(count, limit or count), size or min(sides)
 
@@ -565,7 +568,10 @@ def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
             file, _ = opened(archive)
             for start in range(0, count, 250):
                 number = min(250, count - start)
-                data = file.read(number * each)
+                try:
+                    data = file.read(number * each)
+                except DAMAGED_ZIP as error:
+                    raise ValueError(f"{path} is damaged: {error}") from error
                 if len(data) < number * each:
                     raise ValueError(f"{path} ends before its last image")
                 pixels = np.frombuffer(data, np.uint8).reshape(number, *sides, 3)

@@ -39,6 +39,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None,
         best, order = logits.sort(descending=True)
         mass = best.softmax(-1, dtype=torch.float32)
         drop = mass.cumsum(-1) - mass >= top_p  # the better tokens are already enough
+        drop[..., 0] = False
         drop = torch.zeros_like(drop).scatter(-1, order, drop)
         logits = logits.masked_fill(drop, -torch.inf)
     return logits

@@ -333,10 +333,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20005
 def check_indices(indices: Tensor, count: int, what: str) -> None:
-    """Raise ValueError if an index is not from 0 to count - 1; `what` names them.
+    """Raise ValueError unless int64 or int32 indices are from 0 to count - 1.
 
-    Values are not read while compiling, nor of fake tensors, which have none.
+    `what` names them. Values are not read while compiling, nor of fake
+    tensors, which have none.
     """
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{what} are int64, found {indices.dtype}")
     unread = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
     if unread or not indices.numel():
         return
