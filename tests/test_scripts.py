@@ -452,6 +452,4 @@ def test_shipped_checkpoints_keep_to_their_sizes(name):
     config = read_json(SHIPPED / name / "config.json")
     short = "codebook_size" in config and config.get("height", 99) <= 8
     limit = 1 if name.startswith("features") else 2.2 if short else 5
-    if name == "vq-cpu-ema8":  # goes when a model of `tokens64` ships
-        limit = 7
     assert size <= limit
