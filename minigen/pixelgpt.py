@@ -49,7 +49,7 @@ class ColorTokenizer:
                              f"pixels, found tokens of shape {tuple(tokens.shape)}")
         check_indices(tokens, self.vocab_size, "colors of this tokenizer")
         top = 2**self.bits - 1
-        levels = [(tokens >> shift * self.bits) & top for shift in (2, 1, 0)]
+        levels = [(tokens.long() >> shift * self.bits) & top for shift in (2, 1, 0)]
         return rearrange(torch.stack(levels, 1) / top, "b c (h w) -> b c h w", h=height)
 
 # %% ../nbs/01_pixel_gpt.ipynb #440a25c5

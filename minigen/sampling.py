@@ -226,7 +226,7 @@ class ClassEmbedding(nn.Embedding):
                 f"found {labels.dtype} of shape {tuple(labels.shape)}")
         what = f"labels of this model, with {self.classes} for no class,"
         check_indices(labels, self.classes + 1, what)
-        return labels.to(device)
+        return labels.to(device, torch.int64)
 
     def forward(self, labels: Tensor | None, batch: int) -> Tensor:
         labels = self.labels(labels, batch)

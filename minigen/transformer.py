@@ -333,13 +333,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20005
 def check_indices(indices: Tensor, count: int, what: str) -> None:
-    """Raise ValueError unless int64 or int32 indices are from 0 to count - 1.
+    """Raise ValueError unless indices are whole numbers from 0 to count - 1.
 
-    `what` names them. Values are not read while compiling, nor of fake
-    tensors, which have none.
+    `what` names them. Values are not read while compiling, nor of fake tensors, which
+    have none.
     """
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{what} are int64, found {indices.dtype}")
+    if indices.dtype == torch.bool or indices.dtype.is_floating_point:
+        raise ValueError(f"{what} are whole numbers, found {indices.dtype}")
     unread = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
     if unread or not indices.numel():
         return
