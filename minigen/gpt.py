@@ -100,7 +100,7 @@ def check_nanogpt(path, args, weights) -> None:
     vocabulary, length, depth, _, dim = sizes
     expected = (vocabulary, dim), (length, dim)
     found = tables.get("wte.weight"), tables.get("wpe.weight")
-    if found != expected or depth > len(tables) < len(weights):
+    if found != expected or depth > len(tables) or len(tables) < len(weights):
         raise ValueError(f"the weights in {path} do not fit its model_args {args}: its "
                          f"tables of tokens and positions have the shapes {found}")
 

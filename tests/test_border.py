@@ -320,6 +320,22 @@ def test_torch_files_that_are_none(content, tmp_path):
         read_torch_file(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize(("args", "message"), [
+    ({"n_layer": 10**9}, "do not fit its model_args"),
+    ({"vocab_size": 10**9}, "do not fit its model_args"),
+    ({"n_embd": "8"}, "expected positive whole numbers"),
+    ({"n_head": None}, "expected positive whole numbers"),
+])
+def test_sizes_that_a_nanogpt_file_cannot_have(args, message, tmp_path):
+    """They are refused before anything is allocated."""
+    sizes = {"vocab_size": 4, "block_size": 6, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    weights = {"transformer.wte.weight": torch.zeros(4, 8),
+               "transformer.wpe.weight": torch.zeros(6, 8)}
+    torch.save({"model": weights, "model_args": sizes | args}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=message):
+        read_nanogpt(tmp_path / "ckpt.pt")
+
+
 @pytest.mark.parametrize(("value", "hint", "fits"), [
     (1, int, True), (1, float, True), (1.5, int, False), (True, int, False),
     ("a", str, True), (None, float | None, True), ("x", float | None, False),
