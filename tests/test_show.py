@@ -11,7 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from minigen.show import frame_slider, image_grid, read_grid, save_grid, show_images
+from minigen.show import (
+    frame_slider,
+    image_grid,
+    read_grid,
+    save_grid,
+    show_images,
+    show_rows,
+)
 
 
 def colors(count=5, height=4, width=6):
@@ -88,6 +95,27 @@ def test_figure_has_crisp_images_of_any_size_and_titles_that_do_not_overlap():
     plt.close("all")
     with pytest.raises(ValueError, match="no images"):
         show_images([])
+
+
+def test_rows_have_their_names_beside_them_and_titles_above_the_first():
+    images = colors(6, 8, 8)
+    figure = show_rows({"one": images[:3], "a name too long for its row": images[3:]},
+                       ["first", "second"])
+    figure.canvas.draw()
+    shown = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in shown] == ["first", "second", "", "", "", ""]
+    names = [axis.texts[0] for axis in shown if axis.texts]
+    assert [name.get_text() for name in names] == ["one", "a name too long for its row"]
+    for axis, name in zip(shown[::3], names, strict=True):
+        row, text = axis.images[0].get_window_extent(), name.get_window_extent()
+        assert text.x1 < row.x0
+        assert row.y0 < text.y0 < text.y1 < row.y1
+        assert text.x0 >= 0, "within the figure"
+    plt.close("all")
+    with pytest.raises(ValueError, match="equally many images, found 2, 3"):
+        show_rows({"one": images[:2], "two": images[:3]})
+    with pytest.raises(ValueError, match="no images"):
+        show_rows({})
 
 
 class Tags(HTMLParser):
