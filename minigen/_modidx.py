@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'minigen.metrics.frechet_distance': ('measuring.html#frechet_distance', 'minigen/metrics.py'),
                                  'minigen.metrics.horizontal_bias': ('measuring.html#horizontal_bias', 'minigen/metrics.py'),
                                  'minigen.metrics.in_batches': ('measuring.html#in_batches', 'minigen/metrics.py'),
+                                 'minigen.metrics.inception_score': ('measuring.html#inception_score', 'minigen/metrics.py'),
                                  'minigen.metrics.kernel_distance': ('measuring.html#kernel_distance', 'minigen/metrics.py'),
                                  'minigen.metrics.kernel_sum': ('measuring.html#kernel_sum', 'minigen/metrics.py'),
                                  'minigen.metrics.load_extractor': ('measuring.html#load_extractor', 'minigen/metrics.py'),

@@ -5,10 +5,10 @@ __all__ = ['MOST', 'bits_per_token', 'bits_per_dimension', 'Statistics', 'check_
            'matrix_sqrt', 'frechet_distance', 'kernel_sum', 'kernel_distance', 'neighbor_radius', 'covered',
            'precision_recall', 'check_images', 'in_batches', 'Extractor', 'load_extractor', 'EightBit',
            'published_network', 'accuracy', 'class_accuracy', 'mood_accuracy', 'diversity', 'nearest_neighbors',
-           'pixel_statistics', 'row_excess', 'horizontal_bias', 'fine_detail', 'count_flops', 'ImageSource',
-           'read_images', 'tensor_source', 'squares', 'dataset_batches', 'data_source', 'folder_source', 'npz_source',
-           'Figure', 'Measured', 'measure', 'compare', 'floor_source', 'evaluate_images', 'nearest_figures',
-           'format_report']
+           'inception_score', 'pixel_statistics', 'row_excess', 'horizontal_bias', 'fine_detail', 'count_flops',
+           'ImageSource', 'read_images', 'tensor_source', 'squares', 'dataset_batches', 'data_source', 'folder_source',
+           'npz_source', 'Figure', 'Measured', 'measure', 'compare', 'floor_source', 'evaluate_images',
+           'nearest_figures', 'format_report']
 
 # %% ../nbs/06_measuring.ipynb #06ae0001
 import io
@@ -366,6 +366,25 @@ def nearest_neighbors(images: Tensor, training: Iterable[Tensor] | Tensor,
         start += len(y)
     return found / math.sqrt(x.shape[1]), index
 
+# %% ../nbs/06_measuring.ipynb #58f93a3a
+def inception_score(logits: Tensor, splits: int = 10) -> float:
+    """How sure a classifier is of each image, and how varied its answers are.
+
+    From logits (N, K), N >= `splits`: the exponential of the mean divergence of an
+    image's class probabilities from those of all, so 1 to K; the mean over `splits`
+    parts of the images (Salimans et al. 2016, section 4).
+    """
+    if logits.ndim != 2 or not 1 <= splits <= len(logits):
+        raise ValueError(f"expected logits (N, K) of at least {splits} images, found "
+                         f"shape {tuple(logits.shape)}")
+    log_p, scores = logits.double().log_softmax(dim=1), []
+    for n in range(splits):
+        part = log_p[n * len(log_p) // splits : (n + 1) * len(log_p) // splits]
+        all_together = part.exp().mean(dim=0).log()           # (K,)
+        divergence = (part.exp() * (part - all_together)).sum(dim=1)
+        scores.append(divergence.mean().exp().item())
+    return sum(scores) / splits
+
 # %% ../nbs/06_measuring.ipynb #06ae0018
 def pixel_statistics(images: Tensor) -> Tensor:
     """What the two measures below need of each image (B, 3, H, W): (B, 7) float64.
@@ -644,6 +663,10 @@ def compare(ours: Measured, real: Measured,
         single["class accuracy"] = class_accuracy(network, ours.features, ours.labels)
     if isinstance(network, FeatureNetwork) and ours.moods is not None:
         single["mood accuracy"] = mood_accuracy(network, ours.features, ours.moods)
+    if extractor.name == "inception" and len(ours.features) >= 10:
+        weight = network.network.fc.weight  # the last layer, without its bias
+        single["Inception score"] = inception_score(
+            ours.features.to(weight) @ weight.T)
     single |= {"horizontal bias": row_excess(ours.pixels) - row_excess(real.pixels),
                "fine detail": (ours.pixels[:, 6].mean() / detail).item()}
     all_images = len(ours.features), len(real.features)

@@ -36,6 +36,7 @@ from minigen.metrics import (
     format_report,
     frechet_distance,
     horizontal_bias,
+    inception_score,
     kernel_distance,
     load_extractor,
     mood_accuracy,
@@ -313,12 +314,33 @@ def test_inception_from_a_file(offline, tmp_path, monkeypatch):
                / inception.URL_INCEPTION_V3.split("/")[-1])
     extractor = load_extractor("inception")
     assert (extractor.name, extractor.dim) == ("inception", 2048)
-    images = torch.rand(2, 3, 32, 32)
-    expected = network((images * 255).round().byte())[0]
-    torch.testing.assert_close(extractor(images), expected)
+    images = torch.rand(12, 3, 32, 32)
+    network.features_list = ["2048", "logits_unbiased"]
+    expected, logits = network((images * 255).round().byte())
+    features = extractor(images)
+    torch.testing.assert_close(features, expected)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *_: 0.0)  # takes a while
+    same = metrics.Measured(features, metrics.pixel_statistics(images))
+    found = metrics.compare(same, same, extractor)
+    assert found["Inception score"] == (
+        pytest.approx(inception_score(logits), rel=1e-4), 12, 12)
 
 
 # ---- what else is measured
+
+
+def test_inception_score_is_that_of_its_definition_and_of_the_library():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    sure = 100 * torch.eye(5).repeat(8, 1)  # every image one of five classes
+    assert inception_score(sure, splits=4) == pytest.approx(5)
+    assert inception_score(sure[::5], splits=2) == pytest.approx(1), "one class"
+    assert inception_score(torch.zeros(40, 5)) == pytest.approx(1), "unsure"
+    logits = torch.randn(53, 7, generator=torch.Generator().manual_seed(0))
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    assert inception_score(logits) == pytest.approx(theirs["inception_score_mean"])
+    with pytest.raises(ValueError, match=r"at least 10 images, found shape \(9, 7\)"):
+        inception_score(logits[:9])
 
 
 def test_accuracies_count_what_the_heads_say(tiny, pictures):
