@@ -384,17 +384,19 @@ def test_sweep_of_sampling_settings(minigen, monkeypatch):
 def test_sweep_of_the_steps_of_maskgit(minigen, monkeypatch):
     from minigen.bench import steps
 
-    assert len({str(setting) for setting in steps.SETTINGS}) == len(steps.SETTINGS) > 30
+    assert len({str(setting) for setting in steps.SETTINGS}) == len(steps.SETTINGS) > 40
     for setting in steps.SETTINGS:
         steps.maskgit.SampleOptions(**setting)
     asked = []
     for chapter in (steps.maskgit, steps.imagegpt):
         monkeypatch.setattr(chapter, "draw", lambda name, options: (
             asked.append((name, options.count)), noise_images(name, options))[1])
-    rows = {row["unit"] + row["case"]: row for row in bench(minigen, "steps")}
-    assert asked == [("maskgit", 72), ("maskgit", 1), ("imagegpt", 72), ("imagegpt", 1)]
-    assert rows["FDsteps 1"]["value"] > 5 * rows["FDreal images"]["value"]
-    assert rows["recallreal images"]["value"] > 0.5 > rows["recallImageGPT"]["value"]
+    rows = {row["unit"] + row["case"]: row["value"] for row in bench(minigen, "steps")}
+    assert asked == [("maskgit-cpu-tokens64", 72), ("imagegpt-cpu-tokens64", 72)]
+    assert rows["FDsteps 1"] > 5 * rows["FDreal images"]
+    assert rows["recallreal images"] > 0.5 > rows["recallImageGPT"]
+    times = [rows[f"ssteps {steps}"] for steps in steps.STEPS]
+    assert times[0] < times[-1], "64 forward passes take longer than one"
 
 
 def test_schedules_of_next_patch_prediction(minigen):
@@ -411,10 +413,22 @@ def test_schedules_of_next_patch_prediction(minigen):
     assert cost("next token, NPP's schedule") == usual
     assert cost("NPP, level 2") / usual == pytest.approx(0.625)
     assert cost("NPP, level 3") / usual == pytest.approx(0.578, abs=1e-3)
-    for name in schedules.RUNS:
-        config = schedules.configuration(name, 0, False, Path("runs"))
+    for name, run in schedules.RUNS.items():
+        config = schedules.configuration(name, run, 0, False, Path("runs"))
         assert config.steps == (900 if "compressed" in name else 1500)
         assert cost(name, "bits") == pytest.approx(10, abs=1)  # untrained: ln 1024
+
+
+def test_parts_of_a_block(minigen):
+    from minigen.bench import blocks
+
+    rows = {row["case"] + " " + row["unit"]: row["value"]
+            for row in bench(minigen, "blocks")}
+    assert len(rows) == 3 * len(blocks.BLOCKS)
+    sizes = [rows[f"{name}, seed 0 parameters"] for name in blocks.BLOCKS]
+    assert max(sizes) < 1.1 * min(sizes), "they are to be compared"
+    for name in blocks.BLOCKS:
+        assert rows[f"{name}, seed 0 bits"] == pytest.approx(10, abs=1)  # untrained
 
 
 def test_ways_to_read_an_image_of_pixels(minigen):

@@ -26,7 +26,8 @@ from minigen.devices import hardware
 from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
-LONG = ("pixels", "schedules", "steps", "sweep")  # of quality; only run if named
+# of quality; only run if named
+LONG = ("blocks", "pixels", "schedules", "steps", "sweep")
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 

@@ -24,11 +24,12 @@ RUNS = {
 UNITS = ("bits", "FD", "accuracy", "Mtokens", "Tflop", "s")
 
 
-def configuration(name: str, seed: int, quick: bool, folder: Path) -> npp.Config:
+def configuration(name: str, run: dict, seed: int, quick: bool, folder: Path,
+                  ) -> npp.Config:
     """The options of one run: small, on 64 tokens an image, images of its own seed."""
     preset = npp.PRESETS["test" if quick else "cpu"]
     steps = 8 if quick else STEPS
-    changes = {"steps": steps} | RUNS[name]
+    changes = {"steps": steps} | run
     changes["steps"] = int(changes["steps"] * (steps if changes["steps"] < 1 else 1))
     if not quick:
         changes |= {"depth": 4, "heads": 2, "dim": 128, "batch_size": 64, "lr": 2e-3,
@@ -47,8 +48,8 @@ def rows(quick: bool) -> list[Row]:
     note = f"{count} images, extractor {judge.extractor.hash}"
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1 if quick else 3):
-            for name in RUNS:
-                config = configuration(name, seed, quick, Path(folder))
+            for name, run in RUNS.items():
+                config = configuration(name, run, seed, quick, Path(folder))
                 result, case = npp.main(config), f"{name}, seed {seed}"
                 for line in result["history"][:-1]:
                     found.append(Row(f"{case}, step {line['step']}",

@@ -2,38 +2,54 @@
 
 Beside it is chapter 5's model, of the same tokenizer, size and training budget."""
 
-import time
+import torch
 
-from minigen.bench import Row
+from minigen.bench import Row, medians
 from minigen.bench.sweep import Judge, as_rows, landscapes, named
+from minigen.checkpoints import load
+from minigen.devices import pick_device
+from minigen.runs import shipped
+from minigen.sampling import Guidance
 from minigen.train import imagegpt, maskgit
 
 STEPS = (1, 2, 4, 8, 12, 16, 32, 64)
+NOISES = (0.0, 1.0, 2.0, 4.5, 20.0)  # 4.5 is the default
 SETTINGS = [
-    *({"steps": steps} for steps in (*STEPS, 256)),
-    *({"steps": steps, "noise": noise} for noise in (0.0, 1.0, 20.0)
-      for steps in STEPS[1:] if steps != 12),
+    *({"steps": steps} for steps in STEPS),
+    *({"steps": steps, "noise": noise} for noise in NOISES if noise != 4.5
+      for steps in STEPS[1:]),
     *({"steps": steps, "order": order} for order in ("halton", "random")
-      for steps in STEPS[1:] if steps != 12),
+      for steps in STEPS[1:]),
 ]
+UNITS = ("FD", "precision", "recall", "accuracy")
+
+
+def seconds(variant: str) -> list[Row]:
+    """Rows for one guided image by itself, at each number of steps and by ImageGPT."""
+    device = pick_device()
+    options = {"labels": torch.zeros(1, dtype=torch.int64, device=device),
+               "guidance": Guidance(2.0)}
+    models = {name: load(shipped(name, variant)).to(device)
+              for name in ("vq", "maskgit", "imagegpt")}
+    timed = {named({"steps": steps}): lambda steps=steps: models[
+        "maskgit"].generate_images(models["vq"], 1, steps=steps, **options)
+             for steps in STEPS}
+    timed["ImageGPT"] = lambda: models["imagegpt"].generate_images(
+        models["vq"], 1, **options)
+    return [Row(case, value, "s") for case, value in medians(timed, 3).items()]
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows for each setting, and for ImageGPT; seconds are for one image by itself."""
-    count = 72 if quick else 256
+    """Rows of 64 tokens for each setting, and for ImageGPT."""
+    count, variant = 72 if quick else 500, "tokens64"
     judge = Judge(landscapes("val", count if quick else 1000)[0])
     note = f"{count} images, extractor {judge.extractor.hash}"
     runs = [(maskgit, "maskgit", setting) for setting in SETTINGS]
     runs.append((imagegpt, "imagegpt", {}))
     found = []
     for script, name, setting in runs[:1] + runs[-1:] if quick else runs:
-        options = script.SampleOptions(count=count, seed=1, **setting)
-        figures = judge(*script.draw(name, options))
-        options.count = 1
-        start = time.perf_counter()
-        script.draw(name, options)
-        figures["s"] = time.perf_counter() - start
-        found += as_rows(named(setting) or "ImageGPT", figures,
-                         ("FD", "precision", "recall", "accuracy", "s"), note)
+        drawn = script.draw(shipped(name, variant), script.SampleOptions(
+            count=count, seed=1, **setting))
+        found += as_rows(named(setting) or "ImageGPT", judge(*drawn), UNITS, note)
     floor = judge(*landscapes("test", count))
-    return found + as_rows("real images", floor, ("FD", "precision", "recall"), note)
+    return found + as_rows("real images", floor, UNITS, note) + seconds(variant)
