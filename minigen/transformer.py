@@ -90,8 +90,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
            **options) -> Tensor:
     """PyTorch's fused attention of queries (B, N, T, D/N) to keys (B, N, S, D/N).
 
-    Where it trains in bfloat16 on a CPU, it computes in float32: there its backward
-    pass takes half the time.
+    In training in bfloat16 on a CPU it computes in float32, where PyTorch's backward
+    pass is faster.
     """
     slow = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if not slow:

@@ -31,6 +31,7 @@ from minigen.transformer import (
     SwiGLU,
     Transformer,
     TransformerConfig,
+    attend,
     check_choices,
     check_indices,
     make_norm,
@@ -82,6 +83,21 @@ def test_a_mask_says_what_is_attended_to(causal):
     scores = (q @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf)
     y = ours.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     assert_close(ours(x, mask=mask), y)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_trains_in_float32_on_a_cpu(causal):
+    half = [torch.randn(2, 3, 8, 4).bfloat16().requires_grad_() for _ in range(3)]
+    single = [x.detach().float().requires_grad_() for x in half]
+    expected = F.scaled_dot_product_attention(*single, is_causal=causal)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(*half, is_causal=causal)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected.bfloat16()), "rounded at the end, and not before"
+    y.sum().backward()
+    expected.bfloat16().sum().backward()
+    for ours, theirs in zip(half, single, strict=True):
+        assert torch.equal(ours.grad, theirs.grad.bfloat16())
 
 
 def test_block_equals_transformer_encoder_layer():
