@@ -399,6 +399,19 @@ def test_sweep_of_the_steps_of_maskgit(minigen, monkeypatch):
     assert rows["sImageGPT"] > 0
 
 
+def test_sweep_of_the_steps_with_256_tokens(minigen, monkeypatch):
+    from minigen.bench import steps, steps256
+
+    asked = []
+    for chapter in (steps.maskgit, steps.imagegpt):
+        monkeypatch.setattr(chapter, "draw", lambda name, options: (
+            asked.append((name, options.steps if "maskgit" in name else None)),
+            noise_images(name, options))[1])
+    found = steps256.rows(quick=True)
+    assert asked == [("maskgit-cpu-tokens256", 2), ("imagegpt-cpu-tokens256", None)]
+    assert {row.case for row in found} == {"steps 2", "ImageGPT", "real images"}
+
+
 def test_schedules_of_next_patch_prediction(minigen):
     from minigen.bench import schedules
 

@@ -39,17 +39,25 @@ def seconds(variant: str) -> list[Row]:
     return [Row(case, value, "s") for case, value in medians(timed, 3).items()]
 
 
-def rows(quick: bool) -> list[Row]:
-    """Rows of 64 tokens for each setting, and for ImageGPT."""
-    count, variant = 72 if quick else 500, "tokens64"
+def compare(variant: str, settings: list[dict], count: int, quick: bool) -> list[Row]:
+    """Rows for each setting and for ImageGPT, of `count` images each.
+
+    `quick` takes the first setting only.
+    """
     judge = Judge(landscapes("val", count if quick else 1000)[0])
     note = f"{count} images, extractor {judge.extractor.hash}"
-    runs = [(maskgit, "maskgit", setting) for setting in SETTINGS]
-    runs.append((imagegpt, "imagegpt", {}))
-    found = []
-    for script, name, setting in runs[:1] + runs[-1:] if quick else runs:
+    runs = [("maskgit", setting) for setting in settings[:1 if quick else None]]
+    found, scripts = [], {"maskgit": maskgit, "imagegpt": imagegpt}
+    for name, setting in [*runs, ("imagegpt", {})]:
+        script = scripts[name]
         drawn = script.draw(shipped(name, variant), script.SampleOptions(
             count=count, seed=1, **setting))
         found += as_rows(named(setting) or "ImageGPT", judge(*drawn), UNITS, note)
     floor = judge(*landscapes("test", count))
-    return found + as_rows("real images", floor, UNITS, note) + seconds(variant)
+    return found + as_rows("real images", floor, UNITS, note)
+
+
+def rows(quick: bool) -> list[Row]:
+    """Rows of 64 tokens for each setting, and for ImageGPT."""
+    variant = "tokens64"
+    return compare(variant, SETTINGS, 72 if quick else 500, quick) + seconds(variant)
