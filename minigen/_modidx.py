@@ -454,6 +454,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'minigen.training.Trainer.step': ('training.html#trainer.step', 'minigen/training.py'),
                                   'minigen.training.Trainer.sync_full_weights': ( 'training.html#trainer.sync_full_weights',
                                                                                   'minigen/training.py'),
+                                  'minigen.training.check_settings': ('training.html#check_settings', 'minigen/training.py'),
                                   'minigen.training.cut_log': ('training.html#cut_log', 'minigen/training.py'),
                                   'minigen.training.decay_groups': ('training.html#decay_groups', 'minigen/training.py'),
                                   'minigen.training.eval_history': ('training.html#eval_history', 'minigen/training.py'),

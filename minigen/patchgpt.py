@@ -146,7 +146,7 @@ class Head(nn.Module):
         """The mean negative log likelihood, in nats per value."""
         return -self.log_prob(outputs, patches, context).mean() / self.D
 
-
+# %% ../nbs/03_patchgpt.ipynb #9fdcb102
 class SquaredErrorHead(Head):
     """One guess for the next patch, trained by its squared error."""
 
@@ -189,7 +189,7 @@ def log_mass(
     gap = torch.where(end, -1.0, small - large)       # any value < 0 where it is unused
     return torch.where(end, large, large + torch.log(-torch.expm1(gap)))
 
-
+# %% ../nbs/03_patchgpt.ipynb #3e4d354c
 def log_normal_cdf(z: Tensor) -> Tensor:
     """Log CDF of the standard normal distribution, in float32 with the right gradient.
 

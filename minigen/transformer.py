@@ -47,7 +47,7 @@ class TransformerConfig:
             raise ValueError("drop_path is a share of the images, from 0 to below 1, "
                              f"found {self.drop_path}")
 
-
+# %% ../nbs/01_pixel_gpt.ipynb #580bead0
 def check_choices(config) -> None:
     """Raise ValueError if a field of a dataclass is not one of its Literal's values."""
     for field in fields(config):
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
                                            **options)
         return y.to(q.dtype)
 
-
+# %% ../nbs/01_pixel_gpt.ipynb #8f8cf900
 class Attention(nn.Module):
     """Each position attends to itself and, if `causal`, only to those before it.
 
