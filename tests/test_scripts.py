@@ -428,7 +428,7 @@ def test_schedules_of_next_patch_prediction(minigen):
     assert cost("NPP, level 3") / usual == pytest.approx(0.578, abs=1e-3)
     for name, run in schedules.RUNS.items():
         config = schedules.configuration(name, run, 0, False, Path("runs"))
-        assert config.steps == (900 if "compressed" in name else 1500)
+        assert config.steps == (600 if "compressed" in name else 1000)
         assert cost(name, "bits") == pytest.approx(10, abs=1)  # untrained: ln 1024
 
 

@@ -12,7 +12,7 @@ from minigen.bench.sweep import Judge, as_rows, landscapes
 from minigen.train import npp
 from minigen.training import read_log
 
-STEPS = 1500
+STEPS = 1000
 # LlamaGen's rate is constant. NPP's starts anew in each stage and falls at its end.
 RUNS = {
     "next token, constant rate": {"level": 1, "lr_decay": "none"},
