@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import tempfile
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,7 @@ BROKEN = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
 RAW = """[...document.querySelectorAll('.math')]
     .filter(m => !m.querySelector('mjx-container')).map(m => m.textContent)"""
 OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
-SCROLLS = """[...document.querySelectorAll('div.cell_input div.highlight pre')]
+SCROLLS = """[...document.querySelectorAll('div.highlight pre')]
     .filter(pre => pre.scrollWidth > pre.clientWidth + 1)
     .map(pre => `${pre.scrollWidth - pre.clientWidth} pixels: `
                 + pre.textContent.trim().split('\\n')[0])"""
@@ -215,6 +216,7 @@ def test_page_is_for_readers(name):
     page = soup(name)
     assert not re.search(r"^\s*#\s*\|", page.get_text(), re.M), "a directive is shown"
     assert "vnd.jupyter.widget" not in str(page), "a live control is stored"
+    assert tempfile.gettempdir() not in page.get_text(), "a path of this machine"
     if name in CHAPTERS:
         colab = page.select_one("a[href^='https://colab.research.google.com/github/']")
         assert (ROOT / colab["href"].split("/blob/main/")[1]).is_file()
