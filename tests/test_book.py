@@ -3,10 +3,10 @@
 import functools
 import os
 import re
-import tempfile
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
