@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-POSITIVE, NOT_NEGATIVE, SHARE = (1, math.inf), (0, math.inf), (0, 1)  # ranges
+LARGEST = 10**9  # what anybody would count up to
+POSITIVE, NOT_NEGATIVE, SHARE = (1, LARGEST), (0, math.inf), (0, 1)  # ranges
 # What NumPy raises when a file is no array, and Python when a file is no archive.
 DAMAGED_ARRAY = (ValueError, EOFError, TypeError, KeyError, SyntaxError, TokenError,
                  MemoryError, RecursionError, OverflowError)
@@ -34,7 +35,8 @@ def check_numbers(given, **ranges: tuple[float, float]) -> None:
         value = getattr(given, name)
         if value is None or (least <= value <= most and math.isfinite(value)):
             continue
-        limits = (f"a finite number of at least {least:g}" if most == math.inf
+        no_limit = most >= LARGEST and not value > most
+        limits = (f"a finite number of at least {least:g}" if no_limit
                   else f"from {least:g} to {most:g}")
         raise ValueError(f"{name} must be {limits}, found {value}")
 

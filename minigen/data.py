@@ -452,6 +452,9 @@ def load_dataset(name_or_path: str | Path, size: int, split: str = "train",
         folder.mkdir(parents=True, exist_ok=True)
         records, classes = BUILDERS[name](folder, split, size)
     else:
+        if not name:  # which would be the current folder
+            raise ValueError("the name of the data is empty: give a folder of images "
+                             f"or one of {', '.join(BUILDERS)}")
         records, classes = folder_records(name_or_path, split, seed)
     if length is not None and length < len(records):
         chosen = np.random.default_rng(seed).permutation(len(records))[:length]

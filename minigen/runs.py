@@ -25,7 +25,7 @@ from minigen.checkpoints import (
     load,
     save_checkpoint,
 )
-from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
+from minigen.checks import LARGEST, NOT_NEGATIVE, POSITIVE, check_numbers
 from minigen.data import Landscapes, load_dataset
 from minigen.devices import hardware, is_main_process, join_processes, pick_device
 from minigen.files import lock_folder, read_json, write_json
@@ -66,7 +66,7 @@ class RunConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers(self, size=POSITIVE, train_images=NOT_NEGATIVE,
+        check_numbers(self, size=POSITIVE, train_images=(0, LARGEST),
                       val_images=POSITIVE, samples=POSITIVE)
 
     def dataset(self, split: str) -> Dataset:

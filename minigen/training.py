@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from .checks import NOT_NEGATIVE, SHARE, check_numbers
+from .checks import NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from minigen.checkpoints import (
     explain_write_error,
     find_state,
@@ -91,15 +91,14 @@ class FitConfig:
 # %% ../nbs/02_training.ipynb #84bfdd1c
 def check_settings(config: FitConfig) -> None:
     """Raise ValueError if a setting makes no sense."""
-    if min(config.steps, config.batch_size, config.accumulate) < 1:
-        raise ValueError("steps, batch_size and accumulate must be at least 1, "
-                         f"found {config.steps}, {config.batch_size} and "
-                         f"{config.accumulate}")
     check_choice("lr_decay", config.lr_decay, ("cosine", "linear", "none"))
     check_choice("precision", config.precision, ("auto", "float32", "bfloat16"))
-    check_numbers(config, lr=NOT_NEGATIVE, warmup=NOT_NEGATIVE, final_lr=SHARE,
+    check_numbers(config, steps=POSITIVE, batch_size=POSITIVE, accumulate=POSITIVE,
+                  lr=NOT_NEGATIVE, warmup=NOT_NEGATIVE, final_lr=SHARE,
                   weight_decay=NOT_NEGATIVE, clip=NOT_NEGATIVE, ema=SHARE,
-                  save_every=NOT_NEGATIVE, workers=NOT_NEGATIVE)
+                  save_every=NOT_NEGATIVE, workers=(0, 1000))
+    if min(config.eval_steps, default=1) < 1:
+        raise ValueError(f"eval_steps count from 1, found {tuple(config.eval_steps)}")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError("betas are shares from 0 to below 1, found "
                          f"{tuple(config.betas)}")

@@ -37,7 +37,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         check_choices(self)
-        check_numbers(self, depth=POSITIVE, heads=POSITIVE, dim=POSITIVE,
+        check_numbers(self, depth=(1, 1000), heads=POSITIVE, dim=POSITIVE,
                       mlp_multiple=POSITIVE, dropout=SHARE, attention_dropout=SHARE)
         if self.dim % self.heads:
             fits = [n for n in range(1, self.heads + 1) if self.dim % n == 0]

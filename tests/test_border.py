@@ -35,7 +35,7 @@ from minigen.patchgpt import PatchGPT, PatchGPTConfig
 from minigen.pixelgpt import ColorTokenizer
 from minigen.sampling import sample
 from minigen.show import image_grid
-from minigen.train import vq
+from minigen.train import imagegpt, maskgit, vq
 from minigen.train.imagegpt import find_tokenizer
 from minigen.training import FitConfig
 from minigen.transformer import TransformerConfig
@@ -188,6 +188,11 @@ def test_rows_of_the_loss():
     (FitConfig, {"lr": math.inf}), (FitConfig, {"lr": -1}),
     (FitConfig, {"betas": (0.9, 1.0)}), (FitConfig, {"weight_decay": math.nan}),
     (FitConfig, {"precision": "float16"}), (FitConfig, {"workers": -1}),
+    (FitConfig, {"workers": 10**20}), (FitConfig, {"accumulate": 10**20}),
+    (FitConfig, {"eval_steps": (-1, 4)}),
+    (TransformerConfig, {"depth": 10**20}), (runs.RunConfig, {"val_images": 10**20}),
+    (imagegpt.Config, {"class_dropout": 1.5}), (imagegpt.Config, {"guidance": -1.0}),
+    (maskgit.Config, {"label_smoothing": -1.0}),
     (TransformerConfig, {"depth": -1}), (TransformerConfig, {"heads": 0}),
     (TransformerConfig, {"dim": -2}), (TransformerConfig, {"dropout": 1.5}),
     (TransformerConfig, {"positions": "rowcoll"}),
@@ -205,6 +210,11 @@ def test_settings_that_cannot_be(kind, wrong):
     with pytest.raises(ValueError, match="found") as error:
         kind(**wrong)
     assert next(iter(wrong)) in str(error.value) or "grid" in str(error.value)
+
+
+def test_data_without_a_name():
+    with pytest.raises(ValueError, match="the name of the data is empty: give a fold"):
+        load_dataset("", 16)
 
 
 # --- states and checkpoints

@@ -305,7 +305,7 @@ def test_the_precision_is_that_of_the_forward_pass(precision):
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate"])
 def test_numbers_below_one_are_refused(name):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name} must be .* at least 1, found 0"):
         FitConfig(**{name: 0})
 
 

@@ -22,7 +22,7 @@ BLOCKS = {
 
 def rows(quick: bool) -> list[Row]:
     """Rows for each block and seed."""
-    found, steps = [], {} if quick else {"steps": 500}
+    found, steps = [], {} if quick else {"steps": 300}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1 if quick else 2):
             for name, block in BLOCKS.items():

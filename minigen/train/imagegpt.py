@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minigen.checkpoints import find_checkpoint, load
+from minigen.checks import NOT_NEGATIVE, SHARE, check_numbers
 from minigen.codes import CodeDataset, CodeItem, extract_codes, load_tokenizer
 from minigen.data import load_dataset
 from minigen.devices import is_main_process, join_processes, pick_device
@@ -41,6 +42,10 @@ class Config(RunConfig, TransformerConfig):
     positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # of tokens
     batch_size: int = 16  # items per batch, over all processes together
     out: Path = Path("runs/imagegpt")  # checkpoint, images and result.json go here
+
+    def __post_init__(self):
+        super().__post_init__()  # what follows would fail only after the tokenizer
+        check_numbers(self, class_dropout=SHARE, guidance=NOT_NEGATIVE)
 
 
 PRESETS = presets(

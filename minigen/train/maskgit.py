@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from minigen.checkpoints import load
+from minigen.checks import check_numbers
 from minigen.data import load_dataset
 from minigen.devices import pick_device
 from minigen.maskgit import MaskGIT, Masking, Order, masked_token_loss
@@ -24,6 +25,10 @@ class Config(imagegpt.Config):
     masking: Masking = "cosine"  # how many tokens are hidden, in training and drawing
     label_smoothing: float = 0.1  # share of the probability given to all codes alike
     out: Path = Path("runs/maskgit")  # checkpoint, images and result.json go here
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, label_smoothing=(0, 0.999))
 
 
 def preset(name: str, **changes) -> Config:
