@@ -191,7 +191,7 @@ def test_rows_of_the_loss():
     (FitConfig, {"workers": 10**20}), (FitConfig, {"accumulate": 10**20}),
     (FitConfig, {"eval_steps": (-1, 4)}),
     (TransformerConfig, {"depth": 10**20}), (runs.RunConfig, {"val_images": 10**20}),
-    (imagegpt.Config, {"class_dropout": 1.5}), (imagegpt.Config, {"guidance": -1.0}),
+    (imagegpt.Config, {"class_dropout": 1.5}),
     (maskgit.Config, {"label_smoothing": -1.0}),
     (TransformerConfig, {"depth": -1}), (TransformerConfig, {"heads": 0}),
     (TransformerConfig, {"dim": -2}), (TransformerConfig, {"dropout": 1.5}),

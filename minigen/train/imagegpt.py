@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minigen.checkpoints import find_checkpoint, load
-from minigen.checks import NOT_NEGATIVE, SHARE, check_numbers
+from minigen.checks import SHARE, check_numbers
 from minigen.codes import CodeDataset, CodeItem, extract_codes, load_tokenizer
 from minigen.data import load_dataset
 from minigen.devices import is_main_process, join_processes, pick_device
@@ -45,7 +45,7 @@ class Config(RunConfig, TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()  # what follows would fail only after the tokenizer
-        check_numbers(self, class_dropout=SHARE, guidance=NOT_NEGATIVE)
+        check_numbers(self, class_dropout=SHARE)
 
 
 PRESETS = presets(
