@@ -340,6 +340,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"minigen: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, MemoryError) or any(
+            words in str(error) for words in ("allocate memory", "out of memory"))
+        if not full or os.environ.get("MINIGEN_DEBUG"):
+            raise
+        reason = str(error).partition("\n")[0]
+        print("minigen: these settings need more memory than there is; choose a "
+              f"smaller model, image or batch ({reason})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("minigen: interrupted; a run continues with --resume", file=sys.stderr)
         return 130  # as shells report SIGINT

@@ -212,6 +212,23 @@ def test_settings_that_cannot_be(kind, wrong):
     assert next(iter(wrong)) in str(error.value) or "grid" in str(error.value)
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError("no room"), RuntimeError("CUDA out of memory. Tried to"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 64 TB")])
+def test_settings_that_do_not_fit_into_memory(monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.delenv("MINIGEN_DEBUG", raising=False)
+    monkeypatch.setattr("minigen.train.pixelgpt.run", fail)
+    arguments = ["train", "pixelgpt", "--preset", "test"]
+    assert command_line.main(arguments) == 2
+    assert "need more memory than there is" in capsys.readouterr().err
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        command_line.main(arguments)
+
+
 def test_data_without_a_name():
     with pytest.raises(ValueError, match="the name of the data is empty: give a fold"):
         load_dataset("", 16)
