@@ -18,7 +18,7 @@ help:
 	@echo "make book     run the chapters and build the book into _build/html"
 	@echo "make test     check everything; PARTS=\"unit book\" runs only those (lint unit notebooks book browser gpu)"
 	@echo "make export   write minigen/*.py from the notebooks and take the notebooks' outputs away"
-	@echo "make lint     ruff over package, notebooks and tests"
+	@echo "make lint     ruff and deno over package, notebooks, tests and the page that draws"
 	@echo "make serve    show the built book at http://localhost:8000"
 	@echo "make lab      open the notebooks in JupyterLab, with their live controls"
 	@echo "make clean    remove what was built; .venv stays"
@@ -33,7 +33,7 @@ export: $(STAMP)
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && echo "minigen/ now holds what the notebooks export."
 
 lint: $(STAMP)
-	@$(PY) -m ruff check .
+	@$(PY) tests/run.py lint
 
 serve: book
 	@echo "The book is at http://localhost:8000 (Ctrl-C ends this)."

@@ -5,6 +5,7 @@ into the cache that Jupyter Book reads; `python book/build.py notebooks` stops t
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -113,6 +114,29 @@ def run_changed() -> int:
             plugins=[Keep(cache, folder, changed)])
 
 
+def add_player() -> None:
+    """Put what book/play.md draws with beside its page: code, models, mean colors."""
+    import torch
+
+    import minigen
+    from minigen.checkpoints import find_checkpoint
+    from minigen.runs import shipped
+
+    target = BUILD / "html" / "book" / "play"
+    shutil.copytree(ROOT / "book" / "play", target)
+    models = {"pixelgpt": "pixelgpt"} | {
+        f"{chapter}-{count}": shipped(chapter, f"tokens{count}")
+        for chapter in ("vq", "imagegpt", "maskgit") for count in (64, 256)}
+    for name, checkpoint in models.items():
+        shutil.copytree(find_checkpoint(checkpoint), target / "models" / name)
+        if name.startswith("vq"):
+            tokenizer = minigen.load(checkpoint)
+            tokens = torch.arange(tokenizer.codebook_size).view(-1, 1, 1)
+            squares = tokenizer.decode(tokens.expand(-1, 2, 2))  # of equal tokens
+            colors = (squares.mean(dim=(2, 3)) * 255).round().int().tolist()
+            (target / "models" / name / "colors.json").write_text(json.dumps(colors))
+
+
 def build_pages() -> int:
     """Write every page: it takes seconds, and nothing old stays."""
     shutil.rmtree(BUILD / "html", ignore_errors=True)
@@ -123,6 +147,7 @@ def build_pages() -> int:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         return 1
+    add_player()
     print(f"\nThe book is built: open {BUILD / 'html' / 'index.html'}\n"
           "`make serve` shows it at an http address; `make test` checks everything.")
     return 0

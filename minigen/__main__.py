@@ -105,8 +105,8 @@ def sample(arguments: list[str]) -> None:
 class EvaluateOptions:
     """Measure images against a reference. Of a model, options of `sample` work, too."""
 
-    # a folder, an .npz file, or a data set's name; without it landscapes:val, and for a
-    # tokenizer, which decodes images of val again, landscapes:test
+    # a folder, an .npz file, or a data set's name; without it landscapes:val, and for
+    # a tokenizer, which decodes images of val again, landscapes:test
     reference: str | None = None
     json: bool = False  # print everything that each figure depends on, for machines
     count: int | None = None  # how many images; 1000 of a model or a data set, else all
@@ -197,8 +197,8 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
                            default=module.SampleOptions(**given))
         start = time.perf_counter()
         images, labels = module.draw(source, drawing)
-        classes = read_config(source).get("classes")
-        if isinstance(classes, int) and classes != len(CLASSES):
+        config = read_config(source)
+        if config.get("classes") not in (None, 0, len(CLASSES)):
             labels = None  # not those that the feature network names
         seconds = (time.perf_counter() - start) / len(images)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

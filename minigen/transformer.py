@@ -33,6 +33,7 @@ class TransformerConfig:
     norm: Literal["layer", "rms"] = "layer"  # GPT-2's, or Llama's
     mlp: Literal["gelu", "swiglu"] = "gelu"  # GPT-2's, or Llama's
     mlp_multiple: int = 256  # swiglu: its hidden width is rounded up to a multiple
+    qk_norm: bool = False  # a norm of each query and key, as Chameleon has it
     positions: Literal["learned", "rowcol", "rope2d", "none"] = "learned"  # or a grid's
 
     def __post_init__(self):
@@ -93,13 +94,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     In training in bfloat16 on a CPU it computes in float32, where PyTorch's backward
     pass is faster.
     """
-    slow = q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    slow = v.requires_grad and v.device.type == "cpu" and v.dtype == torch.bfloat16
     if not slow:
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask,
                                            **options)
-        return y.to(q.dtype)
+        return y.to(v.dtype)
 
 # %% ../nbs/01_pixel_gpt.ipynb #8f8cf900
 class Attention(nn.Module):
@@ -116,12 +117,18 @@ class Attention(nn.Module):
         self.attention_dropout = config.dropout if own is None else own
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
         self.proj = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.norm_q = self.norm_k = None
+        if config.qk_norm:
+            self.norm_q, self.norm_k = (
+                make_norm(config, config.dim // config.heads) for _ in range(2))
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0,
                 mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1)       # (B, T, 3, N, D/N)
         q, k, v = qkv.transpose(1, 3).unbind(2)               # (B, N, T, D/N)
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -302,11 +309,12 @@ def make_mlp(config: TransformerConfig) -> nn.Module:
     return SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
 
 
-def make_norm(config: TransformerConfig) -> nn.Module:
-    """The norm that a configuration asks for."""
+def make_norm(config: TransformerConfig, dim: int | None = None) -> nn.Module:
+    """The norm that a configuration asks for, of vectors of its width or another."""
+    dim = dim or config.dim
     if config.norm == "rms":
-        return nn.RMSNorm(config.dim, eps=1e-5)
-    return nn.LayerNorm(config.dim, bias=config.bias)
+        return nn.RMSNorm(dim, eps=1e-5)
+    return nn.LayerNorm(dim, bias=config.bias)
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:

@@ -4,7 +4,7 @@
 __all__ = ['MULTIPLIERS', 'LLAMAGEN', 'LLAMAGEN_NAMES', 'nearest_code', 'sum_by_code', 'kmeans', 'Quantized', 'VectorQuantizer',
            'all_gather', 'broadcast', 'FSQ', 'VQConfig', 'norm', 'ResidualBlock', 'AttentionBlock', 'Downsample',
            'Upsample', 'make_quantizer', 'level', 'middle', 'make_encoder', 'make_decoder', 'Reconstruction', 'VQModel',
-           'llamagen_names', 'read_llamagen', 'codebook_usage', 'reconstruction_quality']
+           'llamagen_names', 'read_llamagen', 'codebook_usage', 'similarity', 'reconstruction_quality']
 
 # %% ../nbs/04_vq_tokenizer.ipynb #f83566fd
 import hashlib
@@ -252,8 +252,9 @@ class VQConfig:
 
 # %% ../nbs/04_vq_tokenizer.ipynb #29d490e1
 def norm(channels: int) -> nn.GroupNorm:
-    """Group norm in 32 groups, or in groups of four channels where that makes fewer."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    """Group norm in at most 32 groups, each of at least four channels."""
+    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -541,25 +542,31 @@ def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
     return usage, torch.special.entr(share).sum().exp().item()
 
 
-@torch.inference_mode()
-def reconstruction_quality(model: VQModel, images: Tensor,
-                           batch_size: int = 32) -> dict[str, float]:
-    """PSNR in dB, SSIM, codebook usage and perplexity of images (B, 3, H, W).
+def similarity(images: Tensor, originals: Tensor) -> dict[str, float]:
+    """PSNR in dB and SSIM of images (B, 3, H, W), means over the images.
 
-    PSNR and SSIM are means over the images, compared in 8 bits as they would be stored.
+    They are compared in 8 bits, as they would be stored.
     """
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
         structural_similarity_index_measure,
     )
 
-    tokens, psnr, ssim = [], [], []
-    for part in images.cpu().split(batch_size):
-        tokens.append(model.encode(part).cpu())
-        pair = (model.decode(tokens[-1]).cpu() * 255).round() / 255, part
-        options = {"data_range": 1.0, "reduction": "none"}
-        psnr.append(peak_signal_noise_ratio(*pair, dim=(1, 2, 3), **options))     # (B,)
-        ssim.append(structural_similarity_index_measure(*pair, **options))        # (B,)
-    psnr, ssim = (torch.cat(found).mean().item() for found in (psnr, ssim))
+    options = {"data_range": 1.0, "reduction": "none"}
+    pair = (images.cpu() * 255).round() / 255, originals.cpu()
+    psnr = peak_signal_noise_ratio(*pair, dim=(1, 2, 3), **options)           # (B,)
+    ssim = structural_similarity_index_measure(*pair, **options)              # (B,)
+    return {"psnr": psnr.mean().item(), "ssim": ssim.mean().item()}
+
+
+@torch.inference_mode()
+def reconstruction_quality(model: VQModel, images: Tensor,
+                           batch_size: int = 32) -> dict[str, float]:
+    """PSNR in dB, SSIM, codebook usage and perplexity of images (B, 3, H, W).
+
+    See `similarity` and `codebook_usage`.
+    """
+    tokens = [model.encode(part).cpu() for part in images.cpu().split(batch_size)]
+    again = torch.cat([model.decode(part).cpu() for part in tokens])
     usage, perplexity = codebook_usage(torch.cat(tokens), model.codebook_size)
-    return {"psnr": psnr, "ssim": ssim, "usage": usage, "perplexity": perplexity}
+    return similarity(again, images) | {"usage": usage, "perplexity": perplexity}

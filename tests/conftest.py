@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import pytest
+from pages import book, browser, site  # noqa: F401, fixtures of the browser tests
 
 
 def pytest_configure(config):

@@ -3,20 +3,25 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 BOOK = [sys.executable, "book/build.py"]
+BROWSER = ["tests/test_book.py", "tests/test_play.py"]
+DENO = str(Path(sysconfig.get_path("scripts")) / "deno")  # for JavaScript
 PARTS = {
-    "lint": [[sys.executable, "-m", "ruff", "check", "."]],
+    "lint": [[sys.executable, "-m", "ruff", "check", "."],
+             [DENO, "fmt", "--check", "--line-width", "88", "book/play"],
+             [DENO, "lint", "book/play"]],
     "unit": [[*PYTEST, "-n", "2", "--dist", "worksteal", "-m", "not gpu", "tests",
-              "--ignore", "tests/test_book.py"]],
+              *(f"--ignore={file}" for file in BROWSER)]],
     "notebooks": [[*BOOK, "notebooks"]],  # keeps the outputs, which `book` then shows
     "book": [BOOK],
-    "browser": [[*PYTEST, "tests/test_book.py"]],
-    "gpu": [[*PYTEST, "-m", "gpu", "tests", "--ignore", "tests/test_book.py"],
+    "browser": [[*PYTEST, *BROWSER]],
+    "gpu": [[*PYTEST, "-m", "gpu", "tests", *(f"--ignore={file}" for file in BROWSER)],
             [*BOOK, "notebooks"]],
 }
 ENVIRONMENT = {"gpu": {"MINIGEN_PRESET": "full"}}  # what a part adds to it

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import minigen
+from minigen.anytoany import (
+    AnyToAny,
+    AnyToAnyConfig,
+    sequence_loss,
+    train_text_tokenizer,
+)
 from minigen.checkpoints import load, save_checkpoint
 from minigen.features import FeatureNetwork
 from minigen.gpt import GPT, GPTConfig
@@ -154,6 +160,30 @@ class Coarse(Codes):
         return model
 
 
+class Mixed(Sequences):
+    """A model of texts and images; its sequences are a text, an image and a text."""
+
+    vocab = property(lambda self: 256 + self.config.codebook_size + 3)  # all bytes
+    length = property(lambda self: self.config.length)
+
+    def parts(self, batch=3, seed=1):
+        random = torch.Generator().manual_seed(seed)
+        codes, count = self.config.codebook_size, self.config.height * self.config.width
+        open_, close, end = (256 + codes + n for n in range(3))
+        tokens = torch.randint(256, (batch, self.length), generator=random)
+        tokens[:, 0], tokens[:, 2], tokens[:, 3 + count] = end, open_, close
+        image = torch.randint(codes, (batch, count), generator=random)
+        tokens[:, 3 : 3 + count] = 256 + image
+        return tokens
+
+    def loss(self, model, parts):
+        learned = torch.ones_like(parts, dtype=torch.bool)
+        return sequence_loss(model, parts, learned)
+
+    def stream(self, model, prompt, **options):
+        return model.stream(list(prompt), **options)
+
+
 class Masked(Codes):
     """A model that sees all tokens at once, some of them masked."""
 
@@ -258,6 +288,8 @@ MODELS = {
     "maskgit": masked(),
     "maskgit-classes": masked(classes=3),
     "maskgit-llama": masked(classes=3, **LLAMA | {"dim": 24}),
+    "anytoany": Mixed(AnyToAnyConfig(
+        codebook_size=20, height=2, width=2, length=12, **TINY), AnyToAny),
     "vq-ema": tokenizer(),
     "vq-gradient": tokenizer(quantizer="gradient", kmeans=False),
     "vq-sphere": tokenizer(quantizer="gradient", normalize=True, blocks=2),
@@ -586,17 +618,17 @@ def test_a_model_is_made_from_one_flat_dataclass(kind):
 
 
 CHANGED = {  # a value other than the default for every field of every configuration
-    "depth": 3, "heads": 3, "dim": 24, "dropout": 0.25, "bias": True, "norm": "rms",
-    "attention_dropout": 0.5, "drop_path": 0.5,
-    "mlp": "swiglu", "mlp_multiple": 8, "positions": "rope2d", "vocab_size": 12,
-    "block_size": 12, "columns": 4, "size": 4, "bits": 1, "patch_size": 2,
-    "head": "gaussian", "mixtures": 2, "neighbors": False, "shared": False,
-    "above": False, "noise": 0.5, "height": 6, "width": 4, "codebook_size": 20,
-    "classes": 3, "class_dropout": 0.5,
+    "depth": 3, "heads": 3, "dim": 24, "dropout": 0.25, "attention_dropout": 0.5,
+    "drop_path": 0.5, "mlp_multiple": 8, "vocab_size": 12, "block_size": 12,
+    "columns": 4, "size": 4, "bits": 1, "patch_size": 2, "mixtures": 2, "noise": 0.5,
+    "height": 12, "width": 4, "codebook_size": 20, "classes": 3, "class_dropout": 0.5,
     "tokenizer": "somewhere", "fingerprint": "0123456789abcdef", "downsample": 4,
-    "channels": 12, "blocks": 2, "z_channels": 9, "quantizer": "fsq", "codebook_dim": 2,
-    "normalize": True, "kmeans": False, "dead_code_threshold": 0.5, "decay": 0.5,
-    "commitment": 0.5, "levels": (5, 4), "masking": "linear", "label_smoothing": 0.2,
+    "channels": 12, "blocks": 2, "z_channels": 9, "codebook_dim": 2,
+    "dead_code_threshold": 0.5, "decay": 0.5, "commitment": 0.5, "levels": (5, 4),
+    "label_smoothing": 0.2, "token_dropout": 0.5, "length": 64,
+    "text": train_text_tokenizer([], 256).to_str(), "text_weight": 0.5,
+    "image_weight": 0.5, "z_loss": 0.5, "text_first": 0.1, "image_first": 0.2,
+    "pairs": 0.5, "text_dropout": 0.5,
 }
 
 
@@ -604,8 +636,10 @@ def changed(config):
     """A configuration of the same type without a default in it."""
     def other(field):
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-        return next((value for value in (CHANGED[field.name], *choices)
-                     if value != field.default), CHANGED[field.name])
+        if field.type is bool:
+            return not field.default
+        values = choices or (CHANGED[field.name],)
+        return next(value for value in values if value != field.default)
 
     new = type(config)(**{f.name: other(f) for f in fields(config)})
     same = [f.name for f in fields(config) if getattr(new, f.name) == f.default]

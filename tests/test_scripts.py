@@ -444,6 +444,44 @@ def test_parts_of_a_block(minigen):
         assert rows[f"{name}, seed 0 bits"] == pytest.approx(10, abs=1)  # untrained
 
 
+def test_what_one_model_of_both_costs(minigen):
+    from minigen.anytoany import AnyToAny, AnyToAnyConfig
+    from minigen.bench import joint
+
+    rows = {row["case"] + " " + row["unit"]: row["value"]
+            for row in bench(minigen, "joint")}
+    learned = {"both tasks": ("image", "text"), "text to image alone": ("image",),
+               "image to text alone": ("text",)}
+    for task, kinds in learned.items():
+        for kind in ("image", "text"):
+            name = f"{task}, seed 0 bits of {kind}"
+            assert (name in rows) == (kind in kinds), "only of what it was taught"
+            if name in rows:  # untrained: the logarithm of the vocabulary
+                assert rows[name] == pytest.approx(10.3, abs=1)
+        config = joint.configuration(task, 1, False, Path("runs"), **joint.TASKS[task])
+        assert config.steps == 1000
+        assert config.seed == 1
+    for name in joint.NORMS:
+        assert rows[f"{name}, step 4 largest score"] > 0
+        assert rows[f"{name}, step 4 log Z"] > 0
+
+    model = AnyToAny(AnyToAnyConfig(dim=16, heads=2, depth=2, qk_norm=False))
+    tokens = torch.full((2, 70), 5)
+    model.head.weight.data.zero_()
+    for layer in model.transformer.blocks:
+        layer.attention.qkv.weight.data.zero_()
+    seen = joint.watch(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    assert seen["largest score"] == 0
+    assert seen["log Z"] == pytest.approx(math.log(model.vocab_size))
+
+
+def test_bench_of_anytoany(minigen):
+    rows = bench(minigen, "anytoany")
+    assert [row["case"].split(": ")[1] for row in rows] == [
+        "images and texts in one batch against one after the other",
+        "the grammar against a step with the cache"]
+
+
 def test_ways_to_read_an_image_of_pixels(minigen):
     from minigen.bench import pixels
 
