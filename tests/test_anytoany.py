@@ -28,6 +28,7 @@ from minigen.anytoany import (
     missing_codes,
     mixed_loss,
     next_state,
+    places_in,
     sequence_loss,
     split_parts,
     subject_and_light,
@@ -113,7 +114,7 @@ def test_the_words_of_the_captions_have_tokens_of_their_own():
 def test_places_know_texts_and_the_grid_of_each_image():
     codes = list(range(N))
     tokens = sequence("at", codes, "at at", codes[:2])[None]
-    position, within = MODEL.places(tokens)
+    position, within = places_in(MODEL, tokens)
     length = len(sequence("at"))
     image = [length] * N  # the position of the mark that opens it
     assert position[0, : length + 1].tolist() == list(range(length + 1))
