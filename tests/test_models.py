@@ -786,7 +786,7 @@ WRONG = [
      "does not fit|at most"),
     (FROM_NOTHING, lambda c, m: c.generate(m, 0), "at least one .*found 0"),
     (GENERATING, lambda c, m: c.generate(m, torch.cat([c.parts()] * 2, 1)),
-     "do not fit|leaves nothing|at most|must be"),
+     "do(es)? not fit|leaves nothing|at most|must be"),
     (TOKENIZERS, lambda c, m: m(c.parts()[:, :2]), r"found shape \(3, 2, 8, 8\)"),
     (TOKENIZERS, lambda c, m: m.encode(c.parts()[:0]), "at least one image"),
     (TOKENIZERS, lambda c, m: m.encode(c.parts()[..., :7]), "of 4, found 8 x 7"),
