@@ -214,7 +214,9 @@ def test_mistakes_are_one_sentence(arguments, message, minigen, tmp_path, monkey
 @pytest.mark.parametrize("chapter", chapters())
 def test_every_script_has_the_same_parts(chapter):
     module = script(chapter)
-    published = {"paper"} if chapter != "features" else set()  # which is ours
+    published = {"paper"}
+    if chapter in ("features", "anytoany"):  # ours; and Chameleon has 7 billion weights
+        published = set()
     assert {"test", "demo", "cpu", "full"} | published == set(module.PRESETS)
     assert all(config.preset == name for name, config in module.PRESETS.items())
     parts = ["build", "main"]
