@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +35,12 @@ from minigen.anytoany import (
     subject_and_light,
     train_text_tokenizer,
 )
+from minigen.data import load_dataset
+from minigen.imagegpt import check_tokenizer
+from minigen.runs import shipped, shipped_result
 from minigen.sampling import Guidance, last
 from minigen.train import anytoany as script
+from minigen.training import evaluate
 from minigen.vq import VQConfig, VQModel
 
 CAPTIONS = ["birds over mountains at dusk", "a lake below hills at night",
@@ -594,3 +599,26 @@ def test_a_checkpoint_draws_a_text_and_describes_a_file(run, tmp_path):
     empty.image.touch()
     with pytest.raises(ValueError, match="empty.png .* the file is empty$"):
         script.sample(str(folder), empty)
+
+
+def test_the_shipped_model_gives_the_figures_of_its_result():
+    name = shipped("anytoany", "tokens64")
+    about, model = shipped_result(name), minigen.load(name)
+    tokenizer = minigen.load(model.config.tokenizer)
+    check_tokenizer(model, tokenizer)
+    count = 200  # of its 1,000 images: the first ones, so equal only within a little
+    val = load_dataset(about["config"]["data"], 64, "val", count)
+    ids = [torch.tensor(model.text.encode(caption).ids) for caption in val.captions]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, True, -1)
+    items = [CaptionedItem(tokenizer.encode(item.image[None]).flatten(), caption, 0)
+             for item, caption in zip(val, padded, strict=True)]
+    for to, name in (("image", "bits_of_image"), ("image alone", "bits_of_image_alone"),
+                     ("text", "bits_of_text")):
+        found = evaluate(model, items, partial(direction_loss, to=to), 50)
+        assert found / math.log(2) == pytest.approx(about["metrics"][name], rel=0.06)
+    images = [item.image for item in list(val)[:60]]
+    written = script.write_captions(model, tokenizer, images,
+                                    generator=torch.Generator().manual_seed(0))
+    scores = caption_scores(val.captions[:60], written)
+    assert scores["subject_right"] > 0.8
+    assert scores["word_precision"] > 0.8

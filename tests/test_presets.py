@@ -76,7 +76,8 @@ def test_one_step_and_one_image(name, preset, tmp_path):
         changes["adversarial_start"] = 0
     if name == "features":  # batch norm needs two of each
         changes |= {"batch_size": 2, "train_images": 2}
-    if name in ("imagegpt", "maskgit", "npp", "anytoany"):
+    if name in ("imagegpt", "maskgit", "npp", "anytoany") and (
+            not config.tokenizer.startswith("vq-")):  # the small one that ships
         changes["tokenizer"] = random_tokenizer(preset, tmp_path / "tokenizer")
     if name == "npp":  # one step is one stage
         changes["level"] = 1

@@ -514,9 +514,10 @@ def test_ways_to_read_an_image_of_pixels(minigen):
 @pytest.mark.parametrize(
     "name", sorted(p.parent.name for p in SHIPPED.glob("*/config.json")))
 def test_shipped_checkpoints_keep_to_their_sizes(name):
-    """In MB: 5, sequence models of 64 tokens or fewer 2.2, feature networks 1."""
+    """In MB: 5, models of 64 tokens or fewer 2.2, with texts 4, feature networks 1."""
     size = sum(file.stat().st_size for file in (SHIPPED / name).iterdir()) / 1e6
     config = read_json(SHIPPED / name / "config.json")
     short = "codebook_size" in config and config.get("height", 99) <= 8
     limit = 1 if name.startswith("features") else 2.2 if short else 5
+    limit = 4 if name.startswith("anytoany") else limit
     assert size <= limit

@@ -64,12 +64,13 @@ PRESETS = presets(
     test=TINY | {"depth": 1, "heads": 2, "dim": 16, "text_tokens": 300},
     demo={"train_images": 1000, "precision": "float32"},
     # 5e14 FLOPs, and 4 MB in half precision
-    cpu={"size": 64, "dim": 144, "heads": 4, "depth": 6, "train_images": 40_000,
-         "val_images": 1000, "steps": 9000, "batch_size": 64, "lr": 2e-3,
-         "warmup": 100, "ema": 0.999, "save_every": 500,
+    cpu={"size": 64, "tokenizer": "vq-cpu-tokens64", "dim": 144, "heads": 4,
+         "depth": 6, "train_images": 40_000, "val_images": 1000, "steps": 9000,
+         "batch_size": 64, "lr": 2e-3, "warmup": 100, "ema": 0.999, "save_every": 500,
          "eval_steps": (500, 2000, 4500, 9000)},
     # chapter 5's shape; one GPU
-    full={"size": 64, "dim": 512, "heads": 8, "depth": 6, "dropout": 0.1, "ema": 0.999,
+    full={"size": 64, "tokenizer": "vq-cpu-tokens64", "dim": 512, "heads": 8,
+          "depth": 6, "dropout": 0.1, "ema": 0.999,
           "train_images": 50_000, "val_images": 1000, "steps": 20_000, "batch_size": 64,
           "lr": 1e-3, "warmup": 500, "save_every": 1000,
           "eval_steps": (200, 1000, 5000, 20_000)},
