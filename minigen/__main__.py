@@ -106,7 +106,7 @@ class EvaluateOptions:
     """Measure images against a reference. Of a model, options of `sample` work, too."""
 
     # a folder, an .npz file, or a data set's name; without it landscapes:val, and for
-    # a tokenizer, which decodes images of val again, landscapes:test
+    # what decodes images of val again, a tokenizer or a decoder, landscapes:test
     reference: str | None = None
     json: bool = False  # print everything that each figure depends on, for machines
     count: int | None = None  # how many images; 1000 of a model or a data set, else all
@@ -200,11 +200,13 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
         config = read_config(source)
         if config.get("classes") not in (None, 0, len(CLASSES)):
             labels = None  # not those that the feature network names
+        again = chapter == "vq" or (chapter == "diffusion" and config["codebook_size"]
+                                    and not drawing.prior)  # images of val, decoded
         seconds = (time.perf_counter() - start) / len(images)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory /= 2**20 if sys.platform == "darwin" else 2**10  # bytes there
         about = {"seconds_per_image": seconds, "peak_memory_mb": memory}
-        return images, labels, about | ({"split": "test"} if chapter == "vq" else {})
+        return images, labels, about | ({"split": "test"} if again else {})
     if more:
         raise ValueError(f"{source} is no model, and there is no option {more[0]}: see "
                          "`python -m minigen evaluate --help`")

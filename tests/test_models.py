@@ -22,6 +22,7 @@ from minigen.anytoany import (
     train_text_tokenizer,
 )
 from minigen.checkpoints import load, save_checkpoint
+from minigen.diffusion import Diffusion, DiffusionConfig, flow_loss
 from minigen.features import FeatureNetwork
 from minigen.gpt import GPT, GPTConfig
 from minigen.imagegpt import ImageGPT, ImageGPTConfig, next_token_loss
@@ -230,6 +231,33 @@ class Images:
         return F.mse_loss(made.images, images) + made.loss
 
 
+@dataclass
+class Velocities(Images):
+    """A model that turns noise into images; its outputs are velocities of pixels."""
+
+    model = Diffusion
+
+    def make(self, seed=0, **changes):
+        torch.manual_seed(seed)
+        model = Diffusion(replace(self.config, **changes))
+        for p in model.parameters():
+            if not p.any():  # layers that start at zero, which hide the rest
+                nn.init.normal_(p, std=0.1)
+        return model
+
+    def parts(self, batch=3, seed=1):
+        size = self.config.height, self.config.width
+        return F.interpolate(super().parts(batch, seed), size=size, mode="bilinear")
+
+    def outputs(self, model, images):
+        t = torch.full((len(images),), 0.5, device=images.device)
+        return model(2 * images - 1, t).flatten(2).transpose(1, 2)
+
+    def loss(self, model, images):
+        generator = torch.Generator(images.device).manual_seed(0)
+        return flow_loss(model, SimpleNamespace(image=images), generator)
+
+
 # --- the models
 
 
@@ -290,6 +318,10 @@ MODELS = {
     "maskgit-llama": masked(classes=3, **LLAMA | {"dim": 24}),
     "anytoany": Mixed(AnyToAnyConfig(
         codebook_size=20, height=2, width=2, length=12, **TINY), AnyToAny),
+    "diffusion": Velocities(DiffusionConfig(
+        height=8, width=8, channels=8, **TINY), factor=0.9),
+    "diffusion-dit": Velocities(DiffusionConfig(
+        network="dit", height=8, width=8, patch_size=2, **TINY), factor=0.9),
     "vq-ema": tokenizer(),
     "vq-gradient": tokenizer(quantizer="gradient", kmeans=False),
     "vq-sphere": tokenizer(quantizer="gradient", normalize=True, blocks=2),
@@ -620,7 +652,7 @@ def test_a_model_is_made_from_one_flat_dataclass(kind):
 CHANGED = {  # a value other than the default for every field of every configuration
     "depth": 3, "heads": 3, "dim": 24, "dropout": 0.25, "attention_dropout": 0.5,
     "drop_path": 0.5, "mlp_multiple": 8, "vocab_size": 12, "block_size": 12,
-    "columns": 4, "size": 4, "bits": 1, "patch_size": 2, "mixtures": 2, "noise": 0.5,
+    "columns": 4, "size": 4, "bits": 1, "patch_size": 1, "mixtures": 2, "noise": 0.5,
     "height": 12, "width": 4, "codebook_size": 20, "classes": 3, "class_dropout": 0.5,
     "tokenizer": "somewhere", "fingerprint": "0123456789abcdef", "downsample": 4,
     "channels": 12, "blocks": 2, "z_channels": 9, "codebook_dim": 2,

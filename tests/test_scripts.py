@@ -484,6 +484,20 @@ def test_bench_of_anytoany(minigen):
         "the grammar against a step with the cache"]
 
 
+def test_trial_of_networks(minigen):
+    from minigen.bench import networks
+
+    rows = {row["case"] + " " + row["unit"]: row["value"]
+            for row in bench(minigen, "networks")}
+    assert len(rows) == 6 * len(networks.NETWORKS) + 4  # and those of real images
+    for name in networks.NETWORKS:
+        assert rows[f"{name}, seed 0 loss"] == pytest.approx(1.25, abs=0.1)  # of zeros
+        assert rows[f"{name}, seed 0 FD"] > 4 * rows["real images FD"]
+        config = networks.configuration(name, 0, False, Path("runs"))
+        spent = config.steps * networks.operations(config)
+        assert spent == pytest.approx(networks.OPERATIONS, rel=0.02)
+
+
 def test_ways_to_read_an_image_of_pixels(minigen):
     from minigen.bench import pixels
 

@@ -27,7 +27,8 @@ from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
 # of quality; only run if named
-LONG = ("blocks", "joint", "pixels", "schedules", "steps", "steps256", "sweep")
+LONG = ("blocks", "decoders", "joint", "networks", "pixels", "schedules", "steps",
+        "steps256", "sweep")
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 

@@ -1,0 +1,85 @@
+"""What diffusion makes of tokens and of classes, step by step: quality, not speed.
+
+Tokens are those of test images, and those that chapters 5 and 7 generate."""
+
+import torch
+from torch import Tensor
+
+from minigen.bench import Row
+from minigen.bench.sweep import Judge, as_rows, landscapes, named
+from minigen.checkpoints import load
+from minigen.devices import pick_device
+from minigen.diffusion import Diffusion
+from minigen.metrics import fine_detail
+from minigen.runs import shipped
+from minigen.train import diffusion, imagegpt, maskgit
+from minigen.vq import similarity
+
+STEPS = (1, 2, 4, 8, 16, 50)
+UNITS = ("PSNR", "SSIM", "detail", "FD", "precision", "recall", "accuracy")
+DECODING = [*({"steps": steps, "method": "euler"} for steps in STEPS),
+            *({"steps": steps, "method": "heun"} for steps in (4, 8))]
+GENERATING = [*({"guidance": 2.0} | setting for setting in DECODING),
+              *({"guidance": scale, "steps": 16, "method": "euler"}
+                for scale in (1.0, 1.5, 3.0, 4.0))]
+PRIORS = {"ImageGPT": ("imagegpt", imagegpt), "MaskGIT": ("maskgit", maskgit)}
+SEVERAL = 8  # decodings of the same tokens, whose mean is measured, too
+
+
+def decoded(model: Diffusion, tokens: Tensor, seed: int = 1, **options) -> Tensor:
+    """What the model makes of tokens (N, h, w), in batches: (N, 3, H, W)."""
+    generator = torch.Generator(pick_device()).manual_seed(seed)
+    return torch.cat([model.decode(part, generator, **options).cpu()
+                      for part in tokens.split(100)])
+
+
+def decoding_rows(variant: str, judge: Judge, count: int, quick: bool) -> list[Row]:
+    """Rows for the tokens of test images, and for generated ones."""
+    device = pick_device()
+    tokenizer = load(shipped("vq", variant)).to(device)
+    model = load(shipped("diffusion", variant)).to(device)
+    images, labels = landscapes("test", count)
+    found, note = [], f"{count} images, extractor {judge.extractor.hash}"
+
+    def add(case: str, drawn: Tensor, real: Tensor | None, labels: Tensor) -> None:
+        figures = judge(drawn, labels)
+        if real is not None:
+            close = similarity(drawn, real)
+            figures |= {"PSNR": close["psnr"], "SSIM": close["ssim"],
+                        "detail": fine_detail(drawn, real)}
+        found.extend(as_rows(f"{variant}, {case}", figures, UNITS, note))
+
+    tokens = torch.cat([
+        tokenizer.encode(part.to(device)) for part in images.split(100)])
+    plain = torch.cat([tokenizer.decode(part).cpu() for part in tokens.split(100)])
+    add("VQ decoder", plain, images, labels)
+    for setting in DECODING[:1] if quick else DECODING:
+        add(named(setting), decoded(model, tokens, **setting), images, labels)
+    best = {"steps": 2 if quick else 8, "method": "euler"}
+    mean = sum(decoded(model, tokens, seed, **best) for seed in range(SEVERAL))
+    add(f"mean of {SEVERAL}", mean / SEVERAL, images, labels)
+
+    for name, (chapter, script) in PRIORS.items():
+        plain, asked = script.draw(
+            shipped(chapter, variant), script.SampleOptions(count=count, seed=1))
+        add(f"{name} and VQ decoder", plain, None, asked)
+        drawn, asked = diffusion.draw(
+            shipped("diffusion", variant), diffusion.SampleOptions(
+                count=count, seed=1, prior=shipped(chapter, variant), **best))
+        add(f"{name} and diffusion", drawn, None, asked)
+    return found
+
+
+def rows(quick: bool) -> list[Row]:
+    """Rows for both decoders, then for the generator, then for real images."""
+    count = 72 if quick else 500
+    judge = Judge(landscapes("val", count if quick else 1000)[0])
+    note = f"{count} images, extractor {judge.extractor.hash}"
+    found = [row for variant in ("tokens64", "tokens256")
+             for row in decoding_rows(variant, judge, count, quick)]
+    for setting in GENERATING[:1] if quick else GENERATING:
+        drawn = diffusion.draw(shipped("diffusion", "classes"), diffusion.SampleOptions(
+            count=count, seed=1, **setting))
+        found += as_rows(named(setting), judge(*drawn), UNITS, note)
+    return found + as_rows(
+        "real images", judge(*landscapes("test", count)), UNITS, note)
