@@ -315,13 +315,13 @@ def make_batch(model: AnyToAny, rows: list[tuple[Tensor, Tensor]],
 def sequence_loss(model: AnyToAny, tokens: Tensor, learned: Tensor,
                   z_loss: float = 0.0) -> Tensor:
     """Weighted mean of the cross entropy in nats of the learned tokens (B, T)."""
-    config, chosen, target = model.config, learned[:, 1:], tokens[:, 1:]
-    logits = model.head(model.hidden(tokens[:, :-1])[chosen]).float()    # (M, V)
-    target = target[chosen]                                              # (M,)
+    config, target = model.config, tokens[:, 1:]
+    logits = model(tokens[:, :-1]).float()                               # (B, T - 1, V)
     code = (target >= model.first_code) & (target < model.open)
     weight = torch.where(code, config.image_weight, config.text_weight)
-    log_z = logits.logsumexp(dim=1)
-    nats = log_z - logits.gather(1, target[:, None])[:, 0]
+    weight = weight * learned[:, 1:]                                     # (B, T - 1)
+    log_z = logits.logsumexp(dim=-1)
+    nats = log_z - logits.gather(-1, target[..., None])[..., 0]
     return ((nats + z_loss * log_z**2) * weight).sum() / weight.sum()
 
 
