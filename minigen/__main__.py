@@ -197,8 +197,8 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
                            default=module.SampleOptions(**given))
         start = time.perf_counter()
         images, labels = module.draw(source, drawing)
-        config = read_config(source)
-        if config.get("classes") not in (None, 0, len(CLASSES)):
+        classes = read_config(source).get("classes")
+        if isinstance(classes, int) and classes not in (0, len(CLASSES)):
             labels = None  # not those that the feature network names
         again = chapter == "vq" or (chapter == "diffusion" and config["codebook_size"]
                                     and not drawing.prior)  # images of val, decoded

@@ -206,13 +206,15 @@ def next_state(model: "AnyToAny", tokens: Tensor, length: int,
 
     A new image may begin only if `images` says so and it fits into `length`.
     """
-    used, last = tokens.shape[1], tokens[:, -1]
-    within = places_in(model, tokens)[1][:, -1]
+    used = tokens.shape[1]
+    index = torch.arange(1, used + 1, device=tokens.device)
+    opened = ((tokens == model.open) * index).amax(dim=1)
+    inside = opened > ((tokens >= model.close) * index).amax(dim=1)
     fits = images and used + model.per_image + 2 <= length
-    state = torch.full_like(last, TEXT if fits else TEXT_ONLY)
-    state = state.masked_fill((last == model.open) | (within >= 0), IMAGE)
-    state = state.masked_fill(within == model.per_image - 1, CLOSE)
-    return state.masked_fill(last == model.end, END) if used > 1 else state
+    state = torch.full_like(opened, TEXT if fits else TEXT_ONLY)
+    state = state.masked_fill(inside, IMAGE)
+    state = state.masked_fill(inside & (used - opened == model.per_image), CLOSE)
+    return state.masked_fill(tokens[:, -1] == model.end, END) if used > 1 else state
 
 # %% ../nbs/09_any_to_any.ipynb #e245028f
 def split_parts(model: "AnyToAny", tokens: Tensor) -> list[tuple[str, list[int]]]:
@@ -315,13 +317,13 @@ def make_batch(model: AnyToAny, rows: list[tuple[Tensor, Tensor]],
 def sequence_loss(model: AnyToAny, tokens: Tensor, learned: Tensor,
                   z_loss: float = 0.0) -> Tensor:
     """Weighted mean of the cross entropy in nats of the learned tokens (B, T)."""
-    config, chosen, target = model.config, learned[:, 1:], tokens[:, 1:]
-    logits = model.head(model.hidden(tokens[:, :-1])[chosen]).float()    # (M, V)
-    target = target[chosen]                                              # (M,)
+    config, target = model.config, tokens[:, 1:]
+    logits = model(tokens[:, :-1]).float()                               # (B, T - 1, V)
     code = (target >= model.first_code) & (target < model.open)
     weight = torch.where(code, config.image_weight, config.text_weight)
-    log_z = logits.logsumexp(dim=1)
-    nats = log_z - logits.gather(1, target[:, None])[:, 0]
+    weight = weight * learned[:, 1:]                                     # (B, T - 1)
+    log_z = logits.logsumexp(dim=-1)
+    nats = log_z - logits.gather(-1, target[..., None])[..., 0]
     return ((nats + z_loss * log_z**2) * weight).sum() / weight.sum()
 
 

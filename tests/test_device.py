@@ -50,6 +50,10 @@ def fake_cuda(name):
         yield case, model, parts
 
 
+# A grammar reads the tokens of its prompt, and these have no values here.
+DRAWING = [name for name in GENERATING if name != "anytoany"]
+
+
 def is_on_cuda(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cuda" for tensor in tensors)
 
@@ -84,7 +88,7 @@ def test_forward_and_loss(name):
     check_training(name)
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", DRAWING)
 def test_generate(name):
     check_generating(name)
 
@@ -98,7 +102,7 @@ def test_generate_in_any_order(order):
         assert drawn.shape == parts.shape
 
 
-@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("name", DRAWING)
 def test_prompts_of_all_forms(name):
     with fake_cuda(name) as (case, model, parts):
         T = case.length
@@ -124,7 +128,7 @@ def test_several_positions_after_others(name):
                 assert is_on_cuda(transformer(part, cache))
 
 
-@pytest.mark.parametrize("name", [n for n in GENERATING if not n.startswith("gpt")])
+@pytest.mark.parametrize("name", [n for n in DRAWING if not n.startswith("gpt")])
 def test_images(name):
     with fake_cuda(name) as (case, model, parts):
         given = [parts[:, : case.length - 2]]
