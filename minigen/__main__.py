@@ -20,6 +20,7 @@ COMMANDS = """\
   info [MODEL]      what this machine has, the chapters and their presets; or a model
   ship RUN          copy a finished run into the repository's data/
   bench [NAME ...]  measure speed and memory against the plain way, as ratios in one run
+  reproduce         train and measure every system of the book; the same command goes on
 """
 
 
@@ -197,7 +198,8 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
                            default=module.SampleOptions(**given))
         start = time.perf_counter()
         images, labels = module.draw(source, drawing)
-        classes = read_config(source).get("classes")
+        config = read_config(source)
+        classes = config.get("classes")
         if isinstance(classes, int) and classes not in (0, len(CLASSES)):
             labels = None  # not those that the feature network names
         again = chapter == "vq" or (chapter == "diffusion" and config["codebook_size"]
@@ -323,11 +325,24 @@ def bench(arguments: list[str]) -> None:
     main(arguments)
 
 
+def reproduce(arguments: list[str]) -> int:
+    """python -m minigen reproduce [--only NAME ...] [--preset NAME] [--minutes M]"""
+    import tyro
+
+    from minigen import reproduce
+
+    options = tyro.cli(reproduce.ReproduceOptions, args=arguments,
+                       prog="minigen reproduce")
+    act = reproduce.check if options.check else reproduce.reproduce
+    return act(options, main)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a mistake in words or files is a sentence and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": train, "sample": sample, "evaluate": evaluate,
-                "extract-codes": extract, "info": info, "ship": ship, "bench": bench}
+                "extract-codes": extract, "info": info, "ship": ship, "bench": bench,
+                "reproduce": reproduce}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m minigen COMMAND ...\n\n{COMMANDS}")
         return 0 if arguments else 2
@@ -336,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     try:
-        commands[arguments[0]](arguments[1:])
+        return commands[arguments[0]](arguments[1:]) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("MINIGEN_DEBUG"):
             raise
@@ -354,7 +369,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("minigen: interrupted; a run continues with --resume", file=sys.stderr)
         return 130  # as shells report SIGINT
-    return 0
 
 
 if __name__ == "__main__":

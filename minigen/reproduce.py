@@ -1,0 +1,260 @@
+"""Train and measure every system of the book, one after another, and go on after a
+kill: `python -m minigen reproduce`. Or measure what ships again, and compare."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
+from minigen.files import read_json
+from minigen.runs import DATA, ship
+from minigen.systems import SEARCHED, SYSTEMS, System, measured, table
+
+# of the table that is printed at the end
+SUMMARY = ("operations", "FD-landscape", "of real images", "class accuracy")
+Command = Callable[[list[str]], int]  # the command line: words in, exit status out
+
+
+@dataclass
+class ReproduceOptions:
+    """Train, measure and keep every system of the book. The same command goes on."""
+
+    only: tuple[str, ...] = ()  # systems or chapters, such as vq or imagegpt-tokens64
+    preset: Literal["cpu", "full", "demo", "test"] = "cpu"
+    minutes: float | None = None  # stop after so many, ready to go on
+    count: int = 1000  # images of each system to measure
+    out: Path = Path("runs")  # a folder for each run; what to ship goes to its `data`
+    dry_run: bool = False  # say what there is to do, and how long it took elsewhere
+    check: bool = False  # measure what is in `data` again instead, and compare
+    data: Path = DATA  # with `check`: a folder like the repository's data
+
+    def __post_init__(self):
+        check_numbers(self, minutes=NOT_NEGATIVE, count=POSITIVE)
+
+
+def chosen(only: tuple[str, ...]) -> list[System]:
+    """The systems of these names or chapters, in order; all without a name."""
+    names = [name for system in SYSTEMS for name in (system.name, system.chapter)]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"there is no system {', '.join(unknown)}; there are "
+                         f"{', '.join(system.name for system in SYSTEMS)}")
+    return [system for system in SYSTEMS
+            if not only or {system.name, system.chapter} & set(only)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system at one preset: its run, and the two commands that make it."""
+
+    system: System
+    preset: str
+    out: Path
+    count: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained."""
+        return self.out / self.system.run(self.preset)
+
+    @property
+    def kept(self) -> Path:
+        """Its result file among what may ship."""
+        return self.out / "data" / "results" / f"{self.folder.name}.json"
+
+    def fill(self, text: str) -> list[str]:
+        """Options with what was kept, or else what ships, in place of {names}."""
+        return fill(text, self.preset, self.out / "data" / "checkpoints", self.out)
+
+    def train(self) -> list[str]:
+        """The words of the command that trains it, or goes on."""
+        options = self.system.options(self.preset)
+        return ["train", self.system.chapter, "--preset", self.preset,
+                *self.fill(options), "--out", str(self.folder), "--resume"]
+
+    def evaluate(self) -> list[str]:
+        """The words of the command that measures it."""
+        return ["evaluate", str(self.folder), "--save", "--count", str(self.count),
+                *self.fill(self.system.evaluate)]
+
+    def result(self) -> dict | None:
+        """Its result, if the training has ended."""
+        file = self.folder / "result.json"
+        return read_json(file) if file.exists() else None
+
+    def state(self) -> str:
+        """What has been done."""
+        if (result := self.result()) is not None:
+            if "evaluation" not in result:
+                return "trained"
+            return "done" if self.kept.exists() else "measured"
+        log = self.folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return f"step {json.loads(lines[-1])['step']}" if lines else "to do"
+
+    def minutes(self) -> float | None:
+        """How long the run that ships has taken."""
+        file = DATA / "results" / f"{self.folder.name}.json"
+        return read_json(file)["minutes"] if file.exists() else None
+
+
+def fill(text: str, preset: str, checkpoints: Path, out: Path = Path()) -> list[str]:
+    """Options with what {NAME} stands for: a checkpoint of the folder, or a shipped one.
+
+    Models are trained on the codes of a tokenizer as it ships, in half precision: with
+    other digits its tokens could mean other images.
+    """
+    places = {f"codes{n}": out / f"codes{n}-{preset}" for n in (64, 256)}
+    for system in SYSTEMS:
+        run = system.run(preset)
+        own = checkpoints / run
+        places[system.name] = own if own.exists() else run
+    return shlex.split(text.format_map(places))
+
+
+def plan(options: ReproduceOptions) -> list[Job]:
+    """What there is to do, in the order of the dependencies."""
+    return [Job(system, options.preset, options.out, options.count)
+            for system in chosen(options.only)
+            if system.options(options.preset) is not None]
+
+
+def describe(jobs: list[Job]) -> str:
+    """The plan in words, with the minutes that each run took when it was shipped."""
+    lines, total, unknown = [], 0.0, 0
+    for job in jobs:
+        minutes, state = job.minutes(), job.state()
+        if state not in ("done", "measured", "trained"):
+            total, unknown = total + (minutes or 0), unknown + (minutes is None)
+        about = "not measured yet" if minutes is None else f"{minutes:.0f} min"
+        lines.append(f"{job.folder.name:28} {state:12} {about}")
+    more = f", and {unknown} of which no time is known" if unknown else ""
+    return "\n".join([*lines, f"left: {total:.0f} min of training as measured for "
+                              f"the shipped runs{more}"])
+
+
+@contextmanager
+def at_most(minutes: float | None) -> Iterator[None]:
+    """Send SIGTERM to this process after so many minutes: a training saves its state.
+
+    Elsewhere it raises SystemExit, too, since all that is done is in files.
+    """
+    def leave(*_):
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    timer = None if minutes is None else threading.Timer(
+        60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def reproduce(options: ReproduceOptions, command: Command) -> int:
+    """Do what is left of the plan; the exit status. `command` is the command line."""
+    jobs = plan(options)
+    if options.dry_run:
+        print(describe(jobs))
+        return 0
+    print(describe(jobs), flush=True)
+    started = time.perf_counter()
+    try:
+        with at_most(options.minutes):
+            for number, job in enumerate(jobs, start=1):
+                if job.state() == "done":
+                    continue
+                spent = (time.perf_counter() - started) / 60
+                print(f"\n[{number} of {len(jobs)}, after {spent:.1f} min] "
+                      f"{job.folder.name}", flush=True)
+                if status := make(job, command):
+                    print(f"{job.folder.name} failed; the same command tries again, "
+                          "and --only chooses others", file=sys.stderr)
+                    return status
+    except SystemExit:
+        print(f"\nStopped; the same command goes on.\n{describe(jobs)}", flush=True)
+        raise
+    data = options.out / "data"
+    print(f"\n{table(SUMMARY, data, (options.preset,))}\n"
+          f"Results, pictures and checkpoints are in {data}.")
+    return 0
+
+
+def make(job: Job, command: Command) -> int:
+    """Train, measure and keep one system, as far as that is not done."""
+    if job.result() is None:
+        if status := command(job.train()):
+            return status
+    if "evaluation" not in job.result():
+        if status := command(job.evaluate()):
+            return status
+    ship(job.folder, job.out / "data")
+    return 0
+
+
+# ---- measuring again
+
+
+def check(options: ReproduceOptions, command: Command) -> int:
+    """Measure what is in `data` again and compare: 1 if a figure is another, else 0.
+
+    A figure may differ by three times its standard error, by 2 percent, or by three of
+    its images: another machine rounds otherwise, and then other tokens are drawn.
+    """
+    wrong = 0
+    for each in measured(options.data, chosen(options.only),
+                         (options.preset, *SEARCHED)):
+        report = each.result.get("evaluation")
+        checkpoint = options.data / "checkpoints" / str(each.run)
+        if report is None or not checkpoint.exists():
+            continue
+        print(f"{each.run}, {report['N']} images", flush=True)
+        preset = each.run.split("-")[1]
+        again = measure_again(checkpoint, report, fill(
+            each.system.evaluate, preset, checkpoint.parent), command)
+        if again["hash"] != report["hash"]:
+            print(f"  measured with another network: {again['hash']} now, "
+                  f"{report['hash']} in the file")
+            wrong += 1
+        for name, figure in report["figures"].items():
+            if name not in again["figures"]:
+                continue
+            now, then = again["figures"][name]["value"], figure["value"]
+            allowed = max(3 * (figure["spread"] or 0), 0.02 * abs(then),
+                          3 / report["N"])
+            good = abs(now - then) <= allowed
+            wrong += not good
+            print(f"  {name:24} {now:9.4g} now, {then:9.4g} in the file, "
+                  f"{allowed:.2g} allowed" + ("" if good else "   DIFFERS"), flush=True)
+    print("Every figure agrees." if not wrong else f"{wrong} figures differ.")
+    return int(wrong > 0)
+
+
+def measure_again(checkpoint: Path, report: dict, options: list[str],
+                  command: Command) -> dict:
+    """The report of `evaluate` with these options, for as many images as before."""
+    words = ["evaluate", str(checkpoint), "--json", "--count", str(report["N"]),
+             "--reference", report["reference"], "--seed", str(report["seed"]),
+             "--subsets", str(report["subsets"] or 1), *options]
+    with redirect_stdout(io.StringIO()) as printed:
+        status = command(words)
+    if status:
+        raise ValueError(f"{checkpoint.name} could not be measured: see above")
+    return json.loads(printed.getvalue())
