@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['Method', 'on_the_line', 'random_times', 'integrate', 'DiffusionConfig', 'TimeEmbedding', 'TimedBlock', 'UNet',
-           'TimedLayer', 'DiT', 'Diffusion', 'to_image', 'DecodedItem', 'ImagesAndCodes', 'flow_loss']
+           'TimedLayer', 'DiT', 'check_tokens', 'Velocity', 'Told', 'Flow', 'Diffusion', 'to_image', 'DecodedItem',
+           'ImagesAndCodes', 'flow_loss']
 
 # %% ../nbs/10_diffusion_decoder.ipynb #921181ae
 import math
@@ -108,7 +109,7 @@ class DiffusionConfig(TransformerConfig):
             raise ValueError("class_dropout and token_dropout are shares from 0 to 1, "
                              f"found {self.class_dropout} and {self.token_dropout}")
 
-
+# %% ../nbs/10_diffusion_decoder.ipynb #51deb3e6
 class TimeEmbedding(nn.Module):
     """Times (B,) in [0, 1] as vectors (B, D): sines, cosines, and two linear layers."""
 
@@ -140,7 +141,7 @@ class TimedBlock(ResidualBlock):
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.skip(x) + h
 
-
+# %% ../nbs/10_diffusion_decoder.ipynb #8154c461
 class UNet(nn.Module):
     """Down two levels and up again, with shortcuts between equal levels.
 
@@ -237,7 +238,19 @@ class DiT(nn.Module):
         return self.out(self.norm(x)).transpose(1, 2).unflatten(2, shape)
 
 # %% ../nbs/10_diffusion_decoder.ipynb #dd23fbc7
-class Diffusion(nn.Module, PyTorchModelHubMixin):
+def check_tokens(tokens: Tensor | None, shape: tuple[int, int, int], codes: int,
+                 device: torch.device) -> Tensor:
+    """Tokens (B, h, w) of this shape, on the device; None becomes `codes`, for none."""
+    if tokens is None:
+        return torch.full(shape, codes, device=device)
+    if tuple(tokens.shape) != shape:
+        raise ValueError(f"expected tokens {shape} for these images, found "
+                         f"{tuple(tokens.shape)}")
+    check_indices(tokens, codes + 1, f"tokens of this model, with {codes} for none,")
+    return tokens.to(device, torch.int64)
+
+# %% ../nbs/10_diffusion_decoder.ipynb #4e6533d3
+class Velocity(nn.Module):
     """A network that predicts the velocity from noise to images.
 
     `forward(x (B, 3, H, W), t (B,), labels (B,), tokens (B, h, w)) -> (B, 3, H, W)`,
@@ -265,38 +278,63 @@ class Diffusion(nn.Module, PyTorchModelHubMixin):
         side = self.config.downsample
         return self.config.height // side, self.config.width // side
 
-    def check_tokens(self, tokens: Tensor | None, batch: int) -> Tensor:
-        """Tokens (B, h, w) on the model's device; None becomes K, for none."""
-        K, device = self.config.codebook_size, self.class_embedding.weight.device
-        if tokens is None:
-            return torch.full((batch, *self.grid), K, device=device)
-        if tuple(tokens.shape) != (batch, *self.grid):
-            raise ValueError(
-                f"expected tokens {(batch, *self.grid)} for these images, found "
-                f"{tuple(tokens.shape)}")
-        check_indices(tokens, K + 1, f"tokens of this model, with {K} for none,")
-        return tokens.to(device, torch.int64)
-
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None,
                 tokens: Tensor | None = None) -> Tensor:
-        size = self.config.height, self.config.width
-        if tuple(x.shape[1:]) != (3, *size):
-            raise ValueError(f"expected images of {size[0]} x {size[1]} pixels, found "
+        config, size = self.config, (3, self.config.height, self.config.width)
+        if tuple(x.shape[1:]) != size:
+            raise ValueError(f"expected images of {size[1]} x {size[2]} pixels, found "
                              f"shape {tuple(x.shape)}")
         x = x.type_as(self.class_embedding.weight)
         c = self.time(t) + self.class_embedding(labels, len(x))       # (B, D)
-        if self.config.codebook_size:
-            tokens = self.check_tokens(tokens, len(x))
-            if self.training and self.config.token_dropout:
-                left_out = torch.rand(len(x), 1, 1, device=x.device)
-                left_out = left_out < self.config.token_dropout
-                tokens = tokens.masked_fill(left_out, self.config.codebook_size)
-            told = self.tokens(tokens).permute(0, 3, 1, 2)            # (B, 8, h, w)
-            told = F.interpolate(told, scale_factor=float(self.config.downsample))
-            x = torch.cat([x, told.type_as(x)], dim=1)
-        side = self.config.patch_size
-        x = self.network(F.pixel_unshuffle(x, side), c)  # a patch is a pixel there
-        return F.pixel_shuffle(x, side)
+        if config.codebook_size:
+            x = torch.cat([x, self.spread(tokens, len(x)).type_as(x)], dim=1)
+        x = self.network(F.pixel_unshuffle(x, config.patch_size), c)
+        return F.pixel_shuffle(x, config.patch_size)
+
+    def spread(self, tokens: Tensor | None, batch: int) -> Tensor:
+        """A vector (8,) for each token, all over its square of pixels: (B, 8, H, W)."""
+        K, weight = self.config.codebook_size, self.tokens.weight
+        tokens = check_tokens(tokens, (batch, *self.grid), K, weight.device)
+        if self.training and self.config.token_dropout:
+            left_out = torch.rand(batch, 1, 1, device=weight.device)
+            tokens = tokens.masked_fill(left_out < self.config.token_dropout, K)
+        told = self.tokens(tokens).permute(0, 3, 1, 2)                # (B, 8, h, w)
+        return F.interpolate(told, scale_factor=float(self.config.downsample))
+
+# %% ../nbs/10_diffusion_decoder.ipynb #2d567ba0
+class Told(Velocity):
+    """A `Velocity` that is told the same all the way, with or without guidance."""
+
+    def told(
+        self, batch: int, labels: Tensor | None, tokens: Tensor | None,
+        guidance: Guidance | None, steps: int,
+    ) -> Callable[[Tensor, float], Tensor]:
+        """The velocity as a function of x (B, 3, H, W) and t, with all else given."""
+        weight, K = self.class_embedding.weight, self.config.codebook_size
+        grid = batch, *self.grid
+        labels = self.class_embedding.labels(labels, batch)
+        if K:
+            tokens = check_tokens(tokens, grid, K, weight.device)
+        twice = guidance is not None and guidance.scale != 1
+        if twice:
+            labels = torch.cat([labels, self.class_embedding.labels(None, batch)])
+            if K:
+                none = check_tokens(None, grid, K, weight.device)
+                tokens = torch.cat([tokens, none])
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            x = x.repeat(2, 1, 1, 1) if twice else x
+            time = torch.full((len(x),), t, device=weight.device)
+            found = self(x, time, labels, tokens)
+            if not twice:
+                return found
+            return guidance.combine(found, min(steps - 1, int(t * steps)), steps)
+
+        return velocity
+
+# %% ../nbs/10_diffusion_decoder.ipynb #f4476852
+class Flow(Told):
+    """A velocity that can be followed, from noise to images or back."""
 
     @torch.inference_mode()
     def stream(
@@ -311,40 +349,32 @@ class Diffusion(nn.Module, PyTorchModelHubMixin):
         """
         if steps < 1:
             raise ValueError(f"expected at least one step, found {steps}")
-        batch, device = len(noise), self.class_embedding.weight.device
-        if guidance is not None and guidance.scale == 1:
-            guidance = None
-        told = labels is not None or tokens is not None
-        if guidance is not None and not told:
-            raise ValueError("guidance needs labels or tokens to be guided by, found "
-                             "neither")
-        rows = self.class_embedding.labels(labels, batch)
         if tokens is not None and not self.config.codebook_size:
             raise ValueError("this model knows no tokens: it was trained without them")
-        if self.config.codebook_size:
-            tokens = self.check_tokens(tokens, batch)
-        if guidance is not None:
-            rows = torch.cat([rows, self.class_embedding.labels(None, batch)])
-            if tokens is not None:
-                tokens = torch.cat([tokens, self.check_tokens(None, batch)])
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            double = x if guidance is None else x.repeat(2, 1, 1, 1)
-            time = torch.full((len(double),), t, device=device)
-            found = self(double, time, rows, tokens)
-            if guidance is not None:
-                step = min(steps - 1, int(t * steps))
-                found = guidance.combine(found, step, steps)
-            return found
-
+        if guidance is not None and labels is None and tokens is None and (
+                guidance.scale != 1):
+            raise ValueError("guidance needs labels or tokens to be guided by, found "
+                             "neither")
+        noise = noise.to(self.class_embedding.weight.device)
+        velocity = self.told(len(noise), labels, tokens, guidance, steps)
+        times = torch.linspace(0, 1, steps + 1)
         was_training = self.training
         self.eval()
-        times = torch.linspace(0, 1, steps + 1)
         try:
-            yield from integrate(velocity, noise.to(device),
-                                 times.flip(0) if backward else times, method)
+            yield from integrate(
+                velocity, noise, times.flip(0) if backward else times, method)
         finally:
             self.train(was_training)
+
+# %% ../nbs/10_diffusion_decoder.ipynb #611c2b77
+class Diffusion(Flow, PyTorchModelHubMixin):
+    """A model that draws images, of a class or of tokens, out of noise.
+
+    `forward` is that of `Velocity`; `stream` shows an image in the making.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__(config)
 
     def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Noise (count, 3, H, W) to begin with."""

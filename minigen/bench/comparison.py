@@ -1,9 +1,6 @@
 """Seconds per image of every system of the comparison, and whether it copies.
 
-The models are those that ship, with the settings that `evaluate` measured them with.
-"nearest" is the mean distance of a drawn image to the nearest training image, divided
-by that of real images that the training has not seen, in the features of chapter 6:
-a model that copies is far below 1."""
+The models are those that ship, drawing as `evaluate` measured them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +57,12 @@ def drawer(each: Measured) -> Callable[[int], Tensor]:
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Three rows for each system that ships: two of seconds, and one of neighbors."""
+    """Three rows for each system that ships: two of seconds, and one of neighbors.
+
+    "nearest" is the mean distance of drawn images to the nearest training image, in
+    the features of chapter 6, divided by that of real images which no training has
+    seen. A model that copies is far below 1.
+    """
     there = [each for each in measured() if each.run
              and (SHIPPED / each.run).exists()]
     if quick:
