@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,6 +20,12 @@ BUILD = ROOT / "_build"
 CACHE = BUILD / ".jupyter_cache"
 JOBS = int(os.environ.get("MINIGEN_JOBS", 2))
 SECONDS_PER_CELL = 600
+# of each notebook on two cores, two at a time: they divide the time that is left
+SECONDS = {"00_images_as_sequences": 20, "01_pixel_gpt": 377, "02_training": 124,
+           "03_patchgpt": 147, "04_vq_tokenizer": 148, "05_imagegpt": 132,
+           "06_measuring": 157, "07_maskgit": 293, "08_next_patch_prediction": 129,
+           "09_any_to_any": 119, "10_diffusion_decoder": 150, "11_comparison": 15,
+           "appendix_data": 13, "appendix_runs": 43}
 
 os.chdir(ROOT)
 sys.path[:0] = [str(ROOT), str(ROOT / "book" / "_ext")]
@@ -60,16 +67,36 @@ def chapters() -> list[Path]:
     return [file for file in files if file.exists()]
 
 
+def time_left(names: list[str], done: list[str], elapsed: float) -> str:
+    """How long the notebooks that are not done will take, in words.
+
+    Their shares of the time are known, and how fast this machine is follows from
+    `elapsed`, the seconds since the first one began.
+    """
+    shares = {name: SECONDS.get(name.partition(".")[0], 60) for name in names}
+    finished = sum(shares[name] for name in done)
+    left = sum(shares.values()) - finished
+    seconds = elapsed * left / finished if finished else left / JOBS
+    about = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"{len(done)} of {len(names)} notebooks have run; about {about} left"
+
+
 class Keep:
     """A pytest plugin that puts each notebook that ran well into the cache."""
 
     def __init__(self, cache, folder: Path, notebooks: dict):
         self.cache, self.folder, self.notebooks = cache, folder, notebooks
+        self.done, self.start = [], time.time()
 
     def pytest_runtest_logreport(self, report):
-        if report.when != "call" or not report.passed:
+        if report.when != "call":
             return
         name = Path(report.nodeid.split("::")[0]).name
+        self.done.append(name)
+        left = time_left(list(self.notebooks), self.done, time.time() - self.start)
+        print(f"\n{left}", flush=True)
+        if not report.passed:
+            return
         executed = nbformat.read(self.folder / name, as_version=4)
         notebook = deepcopy(self.notebooks[name])
         for cell, done in zip(notebook.cells, executed.cells, strict=True):
@@ -106,7 +133,9 @@ def run_changed() -> int:
             (Path(scratch) / name).symlink_to(ROOT / name)
         for name, notebook in changed.items():
             nbformat.write(notebook, folder / name)
-        print(f"running {', '.join(changed)}", flush=True)
+        print(f"Running {', '.join(changed)}.\n{time_left(list(changed), [], 0)}, on "
+              "two cores as fast as ours. Later builds run only what changed.",
+              flush=True)
         return pytest.main(
             ["-c", "pyproject.toml", "-p", "no:cacheprovider", "-v", "--durations=0",
              "-n", str(JOBS), "--dist", "worksteal", "--nbmake", "--overwrite",
@@ -139,6 +168,7 @@ def add_player() -> None:
 
 def build_pages() -> int:
     """Write every page: it takes seconds, and nothing old stays."""
+    print("Writing the pages, which takes about a minute.", flush=True)
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     done = subprocess.run(
         [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",

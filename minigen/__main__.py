@@ -333,7 +333,8 @@ def reproduce(arguments: list[str]) -> int:
 
     options = tyro.cli(reproduce.ReproduceOptions, args=arguments,
                        prog="minigen reproduce")
-    act = reproduce.check if options.check else reproduce.reproduce
+    act = (reproduce.check if options.check else
+           reproduce.sheet if options.sheet else reproduce.reproduce)
     return act(options, main)
 
 

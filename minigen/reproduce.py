@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
 from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
-from minigen.files import read_json
+from minigen.data import CLASSES, Item, load_dataset
+from minigen.files import atomic_write, read_json
 from minigen.runs import DATA, ship
-from minigen.systems import SEARCHED, SYSTEMS, System, measured, table
+from minigen.show import image_grid, read_grid
+from minigen.systems import SEARCHED, SYSTEMS, Measured, System, measured, table
 
 # of the table that is printed at the end
 SUMMARY = ("operations", "FD-landscape", "of real images", "class accuracy")
@@ -36,7 +43,8 @@ class ReproduceOptions:
     out: Path = Path("runs")  # a folder for each run; what to ship goes to its `data`
     dry_run: bool = False  # say what there is to do, and how long it took elsewhere
     check: bool = False  # measure what is in `data` again instead, and compare
-    data: Path = DATA  # with `check`: a folder like the repository's data
+    sheet: Path | None = None  # write one picture of all that is in `data` instead
+    data: Path = DATA  # with `check` and `sheet`: a folder like the repository's data
 
     def __post_init__(self):
         check_numbers(self, minutes=NOT_NEGATIVE, count=POSITIVE)
@@ -209,7 +217,16 @@ def make(job: Job, command: Command) -> int:
     return 0
 
 
-# ---- measuring again
+# ---- what is there already
+
+
+def there(options: ReproduceOptions) -> Iterator[tuple[Measured, Path]]:
+    """The chosen systems of `options.data` that have a checkpoint there, and it."""
+    presets = options.preset, *SEARCHED
+    for each in measured(options.data, chosen(options.only), presets):
+        checkpoint = options.data / "checkpoints" / str(each.run)
+        if checkpoint.exists():
+            yield each, checkpoint
 
 
 def check(options: ReproduceOptions, command: Command) -> int:
@@ -219,16 +236,11 @@ def check(options: ReproduceOptions, command: Command) -> int:
     its images: another machine rounds otherwise, and then other tokens are drawn.
     """
     wrong = 0
-    for each in measured(options.data, chosen(options.only),
-                         (options.preset, *SEARCHED)):
-        report = each.result.get("evaluation")
-        checkpoint = options.data / "checkpoints" / str(each.run)
-        if report is None or not checkpoint.exists():
+    for each, checkpoint in there(options):
+        if (report := each.result.get("evaluation")) is None:
             continue
         print(f"{each.run}, {report['N']} images", flush=True)
-        preset = each.run.split("-")[1]
-        again = measure_again(checkpoint, report, fill(
-            each.system.evaluate, preset, checkpoint.parent), command)
+        again = measure_again(checkpoint, report, drawing(each, checkpoint), command)
         if again["hash"] != report["hash"]:
             print(f"  measured with another network: {again['hash']} now, "
                   f"{report['hash']} in the file")
@@ -258,3 +270,54 @@ def measure_again(checkpoint: Path, report: dict, options: list[str],
     if status:
         raise ValueError(f"{checkpoint.name} could not be measured: see above")
     return json.loads(printed.getvalue())
+
+
+def drawing(each: Measured, checkpoint: Path) -> list[str]:
+    """The options by which a system draws when it is measured."""
+    return fill(each.system.evaluate, each.run.split("-")[1], checkpoint.parent)
+
+
+def sheet(options: ReproduceOptions, command: Command) -> int:
+    """Write nine uncurated images of each system, of one class a column, with seed 0."""
+    size, height, left = 64, 66, 190
+    rows = {"real images": torch.stack([item.image for item in examples(size)])}
+    for each, checkpoint in there(options):
+        if each.system.compared:
+            rows[each.system.title] = nine(each, checkpoint, command)
+    picture = Image.new("RGB", (left + 9 * height, 16 + height * len(rows)), "white")
+    pen = ImageDraw.Draw(picture)
+    for n, name in enumerate(CLASSES):
+        pen.text((left + n * height + size // 2, 8), name, "black", anchor="mm")
+    for n, (title, images) in enumerate(rows.items()):
+        top = 16 + n * height
+        pen.text((left - 8, top + size // 2), title, "black", anchor="rm")
+        picture.paste(image_grid(images, columns=9, padding=2), (left, top))
+    with atomic_write(options.sheet) as temporary:
+        picture.save(temporary)
+    print(f"{options.sheet}: {', '.join(rows)}")
+    return 0
+
+
+def examples(size: int) -> list[Item]:
+    """The first validation image of each class."""
+    items = list(load_dataset("landscapes", size, "val", 100))
+    return [next(item for item in items if item.label == label)
+            for label in range(len(CLASSES))]
+
+
+def nine(each: Measured, checkpoint: Path, command: Command) -> Tensor:
+    """Nine images (9, 3, H, W), one of each class if the system can be asked for it."""
+    size, images = each.result["config"]["size"], []
+    asked = [["--count", "9"]] if each.system.chapter != "anytoany" else [
+        ["--count", "1", "--text", item.caption] for item in examples(size)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "images.png"
+        for words in asked:
+            with redirect_stdout(io.StringIO()):
+                status = command(["sample", str(checkpoint), *words, "--columns", "9",
+                                  "--scale", "1", "--seed", "0", "--out", str(file),
+                                  *drawing(each, checkpoint)])
+            if status:
+                raise ValueError(f"{each.run} could not draw: see above")
+            images.append(read_grid(file, size))
+    return torch.cat(images)

@@ -59,6 +59,16 @@ def results_tables() -> str:
     return "\n".join(sections)
 
 
+def systems_tables() -> str:
+    """What is known of each system that the book compares, in three tables."""
+    from minigen.systems import COLUMNS, table  # here, since torch comes with it
+
+    names = list(COLUMNS)
+    cut = [0, names.index("seconds per image"), names.index("FD-landscape"), len(names)]
+    parts = [names[start:stop] for start, stop in zip(cut, cut[1:], strict=False)]
+    return "\n\n".join(table(part) for part in reversed(parts))
+
+
 def evaluation_rows(runs: list[dict]) -> list[list[str]]:
     """What `minigen evaluate` found: each figure, and the same of real images."""
     reports = [run.get("evaluation", {}) for run in runs]
@@ -126,7 +136,8 @@ def section(name: str, about: str, level: str = "##") -> str:
 
 
 GENERATED = {
-    "book/results": (("<!-- results -->", results_tables),
+    "book/results": (("<!-- systems -->", systems_tables),
+                     ("<!-- results -->", results_tables),
                      ("<!-- benchmarks -->", benchmark_tables)),
     "book/api": (("<!-- modules -->", module_list),),
 }
