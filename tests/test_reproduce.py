@@ -9,7 +9,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from minigen import reproduce, runs, systems
 from minigen.__main__ import main, script
@@ -149,6 +152,22 @@ def test_check_finds_a_planted_number(reproduced, capsys):
     assert re.search("FD-landscape.*DIFFERS", said)
 
 
+def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):
+    out, _ = reproduced
+    file = tmp_path / "sheet.png"
+    words = ["reproduce", "--preset", "test", "--data", str(out / "data"), "--only",
+             "vq", "imagegpt-tokens64", "anytoany", "--sheet", str(file)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "real images, ImageGPT, 64 tokens, any to any" in said  # tokenizers draw none
+    with Image.open(file) as picture:
+        pixels = torch.from_numpy(np.array(picture)).float()
+    rows = [pixels[16 + 66 * n : 80 + 66 * n, 190:] for n in range(3)]
+    assert all(row.std() > 5 for row in rows)
+    assert (pixels[:16] < 128).any()  # the names of the classes
+    assert (pixels[16:, :180] < 128).any()  # and of the systems
+
+
 def test_minutes_stop_a_training_with_its_state(tmp_path):
     options = ReproduceOptions(only=("pixelgpt-64",), preset="demo", out=tmp_path,
                                minutes=0.15)
@@ -251,3 +270,24 @@ def rows_of(table):
 def test_readme_shows_the_table_of_the_result_files():
     table = systems.table(systems.BRIEF)
     assert table in (ROOT / "README.md").read_text(), f"README.md should have\n{table}"
+
+
+# ---- how long the book takes
+
+
+def test_time_left_follows_the_machine():
+    program = ("import json, sys; sys.path.insert(0, 'book'); import build\n"
+               "names = [f'{name}.ipynb' for name in build.SECONDS]\n"
+               "toc = [file.stem for file in build.chapters()]\n"
+               "print(json.dumps([toc, list(build.SECONDS),\n"
+               "    build.time_left(names, [], 0), build.time_left(names, names[:3],\n"
+               "    10 * sum(list(build.SECONDS.values())[:3])),\n"
+               "    build.time_left(names, names, 9)]))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True,
+                          capture_output=True, text=True)
+    toc, known, first, slow, last = json.loads(done.stdout.splitlines()[-1])
+    assert set(toc) == set(known), "give SECONDS of book/build.py a new chapter's time"
+    minutes = [int(re.search(r"about (\d+) minutes", text)[1]) for text in (first, slow)]
+    assert 5 < minutes[0] < 30
+    assert minutes[1] > 10 * minutes[0]
+    assert last.endswith("about 0 seconds left")

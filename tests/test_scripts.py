@@ -215,7 +215,8 @@ def test_mistakes_are_one_sentence(arguments, message, minigen, tmp_path, monkey
 def test_every_script_has_the_same_parts(chapter):
     module = script(chapter)
     published = {"paper"}
-    if chapter in ("features", "anytoany"):  # ours; and Chameleon has 7 billion weights
+    # ours; Chameleon has 7 billion weights; and no decoder has been published like ours
+    if chapter in ("features", "anytoany", "diffusion"):
         published = set()
     assert {"test", "demo", "cpu", "full"} | published == set(module.PRESETS)
     assert all(config.preset == name for name, config in module.PRESETS.items())
@@ -496,6 +497,47 @@ def test_trial_of_networks(minigen):
         config = networks.configuration(name, 0, False, Path("runs"))
         spent = config.steps * networks.operations(config)
         assert spent == pytest.approx(networks.OPERATIONS, rel=0.02)
+
+
+def test_bench_of_decoders(minigen):
+    rows = {(row["case"], row["unit"]): row["value"]
+            for row in bench(minigen, "decoders")}
+    for case in ("VQ decoder", "steps 1, method euler", "mean of 8"):
+        assert rows[f"tokens64, {case}", "PSNR"] > 15
+    for prior in ("ImageGPT", "MaskGIT"):  # they draw the class that they are asked for
+        for decoder in ("VQ decoder", "diffusion"):
+            assert rows[f"tokens64, {prior} and {decoder}", "accuracy"] > 0.7
+    assert rows["real images", "FD"] < rows["tokens64, VQ decoder", "FD"]
+
+
+def test_bench_of_diffusion(minigen):
+    rows = {row["case"]: row["value"] for row in bench(minigen, "diffusion")}
+    assert all(value > 0 for value in rows.values())
+    assert {"1 at once: ImageGPT, 64 tokens", "1 at once: diffusion, 4 Euler steps",
+            "1 at once: VQ decoder alone"} <= set(rows)
+
+
+def test_bench_of_the_comparison(minigen):
+    from minigen.systems import measured, timed
+
+    rows = bench(minigen, "comparison")
+    assert [row["case"].split(": ")[1] for row in rows] == [
+        "one at a time", "sixteen at once", "nearest"]
+    for each in measured():  # what ships was timed
+        if (SHIPPED / str(each.run)).exists():
+            assert (each.run, "nearest") in timed(), each.run
+
+
+def test_every_system_has_a_drawer(monkeypatch):
+    """`bench comparison` draws with each of them, whatever ships."""
+    from minigen.bench import comparison
+    from minigen.systems import measured
+
+    for each in measured():
+        if (SHIPPED / str(each.run)).exists() and each.sequential < 1000:
+            images = comparison.drawer(each)(2)
+            assert images.shape == (2, 3, 64, 64)
+            assert 0 <= images.min() < images.max() <= 1
 
 
 def test_ways_to_read_an_image_of_pixels(minigen):
