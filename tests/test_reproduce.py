@@ -159,7 +159,7 @@ def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):
              "vq", "imagegpt-tokens64", "anytoany", "--sheet", str(file)]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "real images, ImageGPT, 64 tokens, any to any" in said  # tokenizers draw none
+    assert "real images, ImageGPT, 64 tokens, any to any" in said  # no tokenizers
     with Image.open(file) as picture:
         pixels = torch.from_numpy(np.array(picture)).float()
     rows = [pixels[16 + 66 * n : 80 + 66 * n, 190:] for n in range(3)]
@@ -287,7 +287,8 @@ def test_time_left_follows_the_machine():
                           capture_output=True, text=True)
     toc, known, first, slow, last = json.loads(done.stdout.splitlines()[-1])
     assert set(toc) == set(known), "give SECONDS of book/build.py a new chapter's time"
-    minutes = [int(re.search(r"about (\d+) minutes", text)[1]) for text in (first, slow)]
+    minutes = [int(re.search(r"about (\d+) minutes", text)[1])
+               for text in (first, slow)]
     assert 5 < minutes[0] < 30
     assert minutes[1] > 10 * minutes[0]
     assert last.endswith("about 0 seconds left")
