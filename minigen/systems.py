@@ -97,7 +97,8 @@ SYSTEMS = (
            OF64, sequential=64),
     System("anytoany-tokens64", "any to any, from captions", CODES64, CODES64, OF64,
            sequential=64),
-    System("diffusion-classes", "diffusion of pixels", sequential=39),  # 20 Heun steps
+    System("diffusion-classes", "diffusion of pixels",
+           evaluate="--steps 16 --method euler", sequential=16),
     System("diffusion-tokens64", "ImageGPT, 64 tokens, diffusion decoder",
            "--decoder " + CODES64, "--decoder " + CODES64,
            OF64 + "--prior {imagegpt-tokens64} " + DECODING, sequential=64 + 8),

@@ -41,7 +41,7 @@ def drawer(each: Measured) -> Callable[[int], Tensor]:
             count, labels(count), guidance=guidance)
     if each.system.name == "diffusion-classes":
         return lambda count: model.generate_images(
-            count, labels(count), guidance=guidance, steps=20)
+            count, labels(count), guidance=guidance, steps=16, method="euler")
     if each.system.chapter == "diffusion":
         prior = load(each.run.replace("diffusion", "imagegpt")).to(device)
         return lambda count: model.decode(
