@@ -27,8 +27,8 @@ from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
 # of quality; only run if named
-LONG = ("blocks", "decoders", "joint", "networks", "pixels", "schedules", "steps",
-        "steps256", "sweep")
+LONG = ("blocks", "decoders", "generator", "joint", "networks", "pixels", "schedules",
+        "steps", "steps256", "sweep")
 RETRIES = 3  # how often a disturbed repetition is taken again
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help=f"which to run: {', '.join(names)}; without a name all "
-                             f"but {', '.join(LONG)}, which take an hour each")
+                             f"but {', '.join(LONG)}, which take up to an hour each")
     parser.add_argument("--quick", action="store_true",
                         help="shorter sequences and fewer repetitions")
     parser.add_argument("--json", action="store_true",
