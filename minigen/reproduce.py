@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.font_manager import findfont as find_font
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minigen.checks import NOT_NEGATIVE, POSITIVE, check_numbers
@@ -279,18 +280,19 @@ def drawing(each: Measured, checkpoint: Path) -> list[str]:
 
 def sheet(options: ReproduceOptions, command: Command) -> int:
     """Write nine uncurated images of each system, of one class a column, with seed 0."""
-    size, height, left = 64, 66, 190
+    size, height, left = 64, 66, 250
     rows = {"real images": torch.stack([item.image for item in examples(size)])}
     for each, checkpoint in there(options):
         if each.system.compared:
             rows[each.system.title] = nine(each, checkpoint, command)
     picture = Image.new("RGB", (left + 9 * height, 16 + height * len(rows)), "white")
     pen = ImageDraw.Draw(picture)
+    font = ImageFont.truetype(find_font("DejaVu Sans"), 12)  # comes with matplotlib
     for n, name in enumerate(CLASSES):
-        pen.text((left + n * height + size // 2, 8), name, "black", anchor="mm")
+        pen.text((left + n * height + size // 2, 8), name, "black", font, "mm")
     for n, (title, images) in enumerate(rows.items()):
         top = 16 + n * height
-        pen.text((left - 8, top + size // 2), title, "black", anchor="rm")
+        pen.text((left - 8, top + size // 2), title, "black", font, "rm")
         picture.paste(image_grid(images, columns=9, padding=2), (left, top))
     with atomic_write(options.sheet) as temporary:
         picture.save(temporary)

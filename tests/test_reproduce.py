@@ -162,10 +162,10 @@ def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):
     assert "real images, ImageGPT, 64 tokens, any to any" in said  # no tokenizers
     with Image.open(file) as picture:
         pixels = torch.from_numpy(np.array(picture)).float()
-    rows = [pixels[16 + 66 * n : 80 + 66 * n, 190:] for n in range(3)]
+    rows = [pixels[16 + 66 * n : 80 + 66 * n, 250:] for n in range(3)]
     assert all(row.std() > 5 for row in rows)
     assert (pixels[:16] < 128).any()  # the names of the classes
-    assert (pixels[16:, :180] < 128).any()  # and of the systems
+    assert (pixels[16:, :240] < 128).any()  # and of the systems
 
 
 def test_minutes_stop_a_training_with_its_state(tmp_path):
