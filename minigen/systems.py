@@ -103,7 +103,8 @@ SYSTEMS = (
            "--decoder " + CODES64, "--decoder " + CODES64,
            OF64 + "--prior {imagegpt-tokens64} " + DECODING, sequential=64 + 8),
     System("diffusion-tokens256", "ImageGPT, 256 tokens, diffusion decoder",
-           "--decoder " + CODES256, "--decoder " + CODES256,
+           "--decoder " + CODES256 + "--steps 10000 --eval-steps 500 2000 5000 10000",
+           "--decoder " + CODES256,
            OF256 + "--prior {imagegpt-tokens256} " + DECODING, sequential=256 + 8),
 )
 
