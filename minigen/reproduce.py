@@ -280,7 +280,7 @@ def drawing(each: Measured, checkpoint: Path) -> list[str]:
 
 def sheet(options: ReproduceOptions, command: Command) -> int:
     """Write nine uncurated images of each system, of one class a column, with seed 0."""
-    size, height, left = 64, 66, 250
+    size, height, left = 64, 66, 272
     rows = {"real images": torch.stack([item.image for item in examples(size)])}
     for each, checkpoint in there(options):
         if each.system.compared:

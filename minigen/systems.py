@@ -244,6 +244,8 @@ def table(columns: Iterable[str] = tuple(COLUMNS), data: Path = DATA,
     columns, times = list(columns), timed(data)
     rows = [["system", *columns], ["---", *["---:"] * len(columns)]]
     for each in measured(data, presets=presets):
-        rows.append([each.system.title,
-                     *(cell(column, each, times) for column in columns)])
+        cells = [cell(column, each, times) for column in columns]
+        if each.run is None:  # said once
+            cells = [MISSING, *[""] * (len(columns) - 1)]
+        rows.append([each.system.title, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

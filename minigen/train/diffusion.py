@@ -30,7 +30,7 @@ class Config(RunConfig, TransformerConfig):
     tokenizer: str = ""  # of the decoder; empty: train one first, as chapter 5 does
     codes_in: str = ""  # folder of extracted codes, to share among runs; empty: `out`
     ten_crop: bool = False  # not for images beside their codes
-    network: Literal["unet", "dit"] = "unet"
+    network: Literal["unet", "dit"] = "unet"  # convolutions, or a transformer
     channels: int = 24  # unet: of its finest level; the others have 2 and 4 times more
     blocks: int = 1  # unet: residual blocks on each level, on the way down and up
     patch_size: int = 2  # side of the patches that the network sees, in pixels
