@@ -490,7 +490,7 @@ def test_trial_of_networks(minigen):
 
     rows = {row["case"] + " " + row["unit"]: row["value"]
             for row in bench(minigen, "networks")}
-    assert len(rows) == 6 * len(networks.NETWORKS) + 4  # and those of real images
+    assert len(rows) == 6 * len(networks.NETWORKS) + 2  # and those of real images
     for name in networks.NETWORKS:
         assert rows[f"{name}, seed 0 loss"] == pytest.approx(1.25, abs=0.1)  # of zeros
         assert rows[f"{name}, seed 0 FD"] > 4 * rows["real images FD"]
