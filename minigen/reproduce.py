@@ -45,10 +45,11 @@ class ReproduceOptions:
     dry_run: bool = False  # say what there is to do, and how long it took elsewhere
     check: bool = False  # measure what is in `data` again instead, and compare
     sheet: Path | None = None  # write one picture of all that is in `data` instead
-    data: Path = DATA  # with `check` and `sheet`: a folder like the repository's data
+    data: Path | None = None  # for `check` and `sheet`; None: the repository's data
 
     def __post_init__(self):
         check_numbers(self, minutes=NOT_NEGATIVE, count=POSITIVE)
+        self.data = self.data or DATA
 
 
 def chosen(only: tuple[str, ...]) -> list[System]:
