@@ -196,7 +196,7 @@ def with_spread(each: Measured, name: str, digits: int) -> str | None:
     """A figure of `evaluate` with its standard error, where it has one."""
     value, spread = each.figure(name), each.figure(name, "spread")
     text = number(value, f"{{:.{digits}f}}")
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+    return text if spread is None else f"{text}\u00a0±\u00a0{spread:.{digits}f}"
 
 
 # headings of the table: what the cell says, and which file it needs
@@ -217,8 +217,8 @@ COLUMNS: dict[str, tuple[Callable[[Measured, dict], str | None], str]] = {
     "FD-landscape": (lambda m, t: with_spread(m, "FD-landscape", 1), "evaluation"),
     "of real images": (
         lambda m, t: number(m.figure("FD-landscape", "floor"), "{:.1f}"), "evaluation"),
-    "precision": (lambda m, t: with_spread(m, "precision", 2), "evaluation"),
-    "recall": (lambda m, t: with_spread(m, "recall", 2), "evaluation"),
+    "precision": (lambda m, t: number(m.figure("precision"), "{:.2f}"), "evaluation"),
+    "recall": (lambda m, t: number(m.figure("recall"), "{:.2f}"), "evaluation"),
     "class accuracy": (
         lambda m, t: number(m.figure("class accuracy"), "{:.1%}"), "evaluation"),
     "images": (lambda m, t: number(m.images_measured, "{:,}"), "evaluation"),
