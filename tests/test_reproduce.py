@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -168,16 +169,33 @@ def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):
     assert (pixels[16:, :240] < 128).any()  # and of the systems
 
 
-def test_minutes_stop_a_training_with_its_state(tmp_path):
-    options = ReproduceOptions(only=("pixelgpt-64",), preset="demo", out=tmp_path,
-                               minutes=0.15)
+def test_minutes_stop_a_training_with_its_state(tmp_path, monkeypatch):
+    options = ReproduceOptions(only=("pixelgpt-64",), preset="test", out=tmp_path,
+                               minutes=7)
     job, = reproduce.plan(options)
 
-    def command(words):  # longer than the time that is left
-        assert words == job.train()
-        chosen = replace(config_of(job), steps=100_000, save_every=0)
-        script("pixelgpt").main(chosen)
+    class Timer(threading.Thread):
+        """Waits for the training to begin instead, however slow the machine is."""
 
+        def __init__(self, seconds, function, arguments):
+            super().__init__()
+            assert seconds == 7 * 60
+            self.function, self.arguments = function, arguments
+
+        def run(self):
+            while not (job.folder / "log.jsonl").exists():
+                time.sleep(0.05)
+            self.function(*self.arguments)
+
+        def cancel(self):
+            pass
+
+    def command(words):  # longer than any time that is left
+        assert words == job.train()
+        script("pixelgpt").main(replace(config_of(job), steps=10**6, save_every=0,
+                                        eval_steps=()))
+
+    monkeypatch.setattr(reproduce.threading, "Timer", Timer)
     with pytest.raises(SystemExit):
         reproduce.reproduce(options, command)
     assert list(job.folder.glob("state-*"))
