@@ -59,8 +59,8 @@ def test_the_recipes_are_those_of_what_ships(tmp_path):
         ours, theirs = runs.as_json(config_of(job)), read_json(file)["config"]
         for name in set(ours) & set(theirs) - FREE:
             assert ours[name] == theirs[name], (job.folder.name, name)
-        for name in FREE & set(job.system.needs("cpu")):
-            assert Path(theirs[name]).name == Path(ours[name]).name
+        for name in {"tokenizer", "init"} & set(ours):  # another folder, the same run
+            assert Path(theirs[name]).name == Path(ours[name]).name, job.folder.name
     assert known > 10
 
 
@@ -117,8 +117,7 @@ def test_reproduce_goes_on_after_a_kill(reproduced):
         assert (out / "data" / "checkpoints" / job.folder.name).is_dir()
         result = read_json(job.kept)
         assert result["evaluation"]["N"] == 72
-        assert re.search(rf"^{re.escape(job.system.title)}|{job.folder.name} ", words,
-                         re.M)
+        assert re.search(rf"^{job.folder.name} +\S", words, re.M), "not in the plan"
     assert systems.MISSING not in words.partition("| system |")[2]
     pictures = {file.name for file in (out / "data" / "results").glob("*.png")}
     assert {"imagegpt-test-tokens64-classes.png", "diffusion-test-classes-steps.png",

@@ -528,7 +528,7 @@ def test_bench_of_the_comparison(minigen):
             assert (each.run, "nearest") in timed(), each.run
 
 
-def test_every_system_has_a_drawer(monkeypatch):
+def test_every_system_has_a_drawer():
     """`bench comparison` draws with each of them, whatever ships."""
     from minigen.bench import comparison
     from minigen.systems import measured
