@@ -222,12 +222,12 @@ def make(job: Job, command: Command) -> int:
 # ---- what is there already
 
 
-def there(options: ReproduceOptions) -> Iterator[tuple[Measured, Path]]:
-    """The chosen systems of `options.data` that have a checkpoint there, and it."""
+def there(options: ReproduceOptions, runs: Path | None = None
+          ) -> Iterator[tuple[Measured, Path]]:
+    """The chosen systems that have a checkpoint in `options.data` or `runs`, and it."""
     presets = options.preset, *SEARCHED
     for each in measured(options.data, chosen(options.only), presets):
-        checkpoint = options.data / "checkpoints" / str(each.run)
-        if checkpoint.exists():
+        if checkpoint := each.checkpoint(options.data, runs):
             yield each, checkpoint
 
 
@@ -280,10 +280,13 @@ def drawing(each: Measured, checkpoint: Path) -> list[str]:
 
 
 def sheet(options: ReproduceOptions, command: Command) -> int:
-    """Write nine uncurated images of each system, of one class a column, with seed 0."""
+    """Write nine uncurated images of each system, of one class a column, with seed 0.
+
+    Runs whose weights do not ship are drawn if they are in `options.out`.
+    """
     size, height, left = 64, 66, 272
     rows = {"real images": torch.stack([item.image for item in examples(size)])}
-    for each, checkpoint in there(options):
+    for each, checkpoint in there(options, options.out):
         if each.system.compared:
             rows[each.system.title] = nine(each, checkpoint, command)
     picture = Image.new("RGB", (left + 9 * height, 16 + height * len(rows)), "white")

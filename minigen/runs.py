@@ -272,14 +272,16 @@ class SampleOptions:
 
 # ---- what ships
 
+PER_CLASS = 4  # images of each class in a sheet that ships
+
 
 def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
     """Copy a finished run into the repository's folder `data`, under its own name.
 
     The checkpoint goes to `data/checkpoints` in half precision, unless `weights` is
     False. The result goes to `data/results`, and images go to contact sheets there:
-    those of the classes, and those of all steps, or of the last one if the weights do
-    not ship.
+    the first four of each class, and those of all steps, or of the last one if the
+    weights do not ship.
     """
     run = Path(run).resolve()  # "runs/.." has a name, too
     result = read_json(run / "result.json")
@@ -292,9 +294,14 @@ def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
     for name, files in sheets.items():
         if files:
             scale = max(1, 128 // config["size"])  # as the scripts save them
-            images = [read_grid(file, config["size"], scale) for file in files]
-            save_grid(torch.cat(images), data / "results" / f"{run.name}-{name}.png",
-                      columns=config["samples"])
+            images = torch.cat([read_grid(file, config["size"], scale)
+                                for file in files])
+            columns = config["samples"]
+            if name == "classes":
+                images = images.unflatten(0, (-1, columns))[:, :PER_CLASS]
+                columns, images = images.shape[1], images.flatten(0, 1)
+            save_grid(images, data / "results" / f"{run.name}-{name}.png",
+                      columns=columns)
     write_json(data / "results" / f"{run.name}.json", result)
 
 
@@ -342,7 +349,10 @@ def shipped_steps(name: str) -> dict[int, Tensor]:
 
 
 def shipped_classes(name: str) -> Tensor:
-    """The images (classes, samples, 3, H, W) in [0, 1] that a shipped run drew last."""
+    """The images (classes, 4, 3, H, W) in [0, 1] that a shipped run drew last.
+
+    There are fewer of each class if the run has drawn fewer.
+    """
     config = shipped_result(name)["config"]
     sheet = read_grid(DATA / "results" / f"{name}-classes.png", config["size"])
-    return sheet.unflatten(0, (-1, config["samples"]))
+    return sheet.unflatten(0, (-1, min(PER_CLASS, config["samples"])))

@@ -125,6 +125,15 @@ class Measured:
     run: str | None  # the run whose file was found
     result: dict  # what is in it
 
+    def checkpoint(self, data: Path = DATA, runs: Path | None = None) -> Path | None:
+        """Its checkpoint in `data`, or else that of your own finished run in `runs`."""
+        if self.run is None:
+            return None
+        if (shipped := data / "checkpoints" / self.run).exists():
+            return shipped
+        own = runs and runs / self.run
+        return own if own and (own / "result.json").exists() else None
+
     def metric(self, name: str) -> float | None:
         """A figure that the run itself wrote."""
         return self.result.get("metrics", {}).get(name)

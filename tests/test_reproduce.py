@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,16 @@ def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):
     assert all(row.std() > 5 for row in rows)
     assert (pixels[:16] < 128).any()  # the names of the classes
     assert (pixels[16:, :240] < 128).any()  # and of the systems
+
+
+def test_a_sheet_takes_weights_that_do_not_ship_from_runs(reproduced, tmp_path, capsys):
+    out, _ = reproduced
+    shutil.copytree(out / "data" / "results", tmp_path / "results")
+    words = ["reproduce", "--preset", "test", "--data", str(tmp_path), "--only",
+             "pixelgpt-64", "--sheet", str(tmp_path / "sheet.png"), "--out"]
+    for runs_there, rows in ((tmp_path, "real images"), (out, "real images, PixelGPT")):
+        assert main([*words, str(runs_there)]) == 0
+        assert capsys.readouterr().out.strip().endswith(f"sheet.png: {rows}")
 
 
 def test_minutes_stop_a_training_with_its_state(tmp_path, monkeypatch):

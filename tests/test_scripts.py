@@ -20,10 +20,10 @@ from minigen import runs
 from minigen.__main__ import chapters, main, script
 from minigen.checkpoints import SHIPPED, load
 from minigen.data import draw_landscape
-from minigen.files import read_json
+from minigen.files import read_json, write_json
 from minigen.pixelgpt import PixelGPT, TokenDataset, next_pixel_loss
 from minigen.runs import shipped_result
-from minigen.show import read_grid
+from minigen.show import read_grid, save_grid
 from minigen.training import evaluate
 
 TEST = ("train", "pixelgpt", "--preset", "test")
@@ -132,6 +132,19 @@ def test_ship_puts_a_run_into_data(here, minigen, monkeypatch):
     monkeypatch.setattr(runs, "DATA", Path("light"))
     assert_close(runs.shipped_steps("run"), {3: drawn[1]}, rtol=0, atol=0)
     assert not Path("light/checkpoints").exists()
+
+
+@pytest.mark.parametrize("samples", [2, 6])
+def test_the_first_images_of_each_class_ship(samples, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    config = {"size": 16, "samples": samples}
+    write_json(run / "result.json", {"config": config})
+    images = torch.arange(3 * samples).view(-1, 1, 1, 1).expand(-1, 3, 16, 16) / 255
+    save_grid(images, run / "classes.png", columns=samples, scale=8)
+    runs.ship(run, tmp_path, weights=False)
+    monkeypatch.setattr(runs, "DATA", tmp_path)
+    kept = images.unflatten(0, (3, samples))[:, :4]
+    assert_close(runs.shipped_classes("run"), kept)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in SHIPPED.glob("pixelgpt-*")))

@@ -1,16 +1,17 @@
 """Seconds per image of every system of the comparison, and whether it copies.
 
-The models are those that ship, drawing as `evaluate` measured them."""
+The models are those that ship, or your own in `runs`, and draw as when measured."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minigen.bench import Row, medians
 from minigen.bench.sweep import landscapes
-from minigen.checkpoints import SHIPPED, load
+from minigen.checkpoints import load
 from minigen.data import load_dataset
 from minigen.devices import pick_device
 from minigen.metrics import load_extractor, nearest_neighbors
@@ -21,12 +22,13 @@ from minigen.train.imagegpt import find_tokenizer
 
 TRAINING = 40_000  # images to search; some systems have seen more, each of them once
 COUNT = 100  # drawn images whose neighbors are searched
+RUNS = Path("runs")  # where `reproduce` trains what does not ship
 
 
 def drawer(each: Measured) -> Callable[[int], Tensor]:
     """A function that draws so many images, with the models of a system loaded."""
     device = pick_device()
-    model = load(each.run).to(device)
+    model = load(each.checkpoint(runs=RUNS)).to(device)
     guidance = Guidance(2.0)
 
     def labels(count: int) -> Tensor:
@@ -57,14 +59,13 @@ def drawer(each: Measured) -> Callable[[int], Tensor]:
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Three rows for each system that ships: two of seconds, and one of neighbors.
+    """Three rows for each system that is there: two of seconds, and one of neighbors.
 
     "nearest" is the mean distance of drawn images to the nearest training image, in
     the features of chapter 6, divided by that of real images which no training has
     seen. A model that copies is far below 1.
     """
-    there = [each for each in measured() if each.run
-             and (SHIPPED / each.run).exists()]
+    there = [each for each in measured() if each.checkpoint(runs=RUNS)]
     if quick:
         there = [each for each in there if each.system.chapter == "imagegpt"][:1]
     extractor = load_extractor().to(pick_device())
