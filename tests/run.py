@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
+BY_TWO = ["-n", "2", "--dist", "worksteal"]
 BOOK = [sys.executable, "book/build.py"]
 BROWSER = ["tests/test_book.py", "tests/test_play.py"]
 DENO = str(Path(sysconfig.get_path("scripts")) / "deno")  # for JavaScript
@@ -16,11 +17,11 @@ PARTS = {
     "lint": [[sys.executable, "-m", "ruff", "check", "."],
              [DENO, "fmt", "--check", "--line-width", "88", "book/play"],
              [DENO, "lint", "book/play"]],
-    "unit": [[*PYTEST, "-n", "2", "--dist", "worksteal", "-m", "not gpu", "tests",
+    "unit": [[*PYTEST, *BY_TWO, "-m", "not gpu", "tests",
               *(f"--ignore={file}" for file in BROWSER)]],
     "notebooks": [[*BOOK, "notebooks"]],  # keeps the outputs, which `book` then shows
     "book": [BOOK],
-    "browser": [[*PYTEST, *BROWSER]],
+    "browser": [[*PYTEST, *BY_TWO, *BROWSER]],
     "gpu": [[*PYTEST, "-m", "gpu", "tests", *(f"--ignore={file}" for file in BROWSER)],
             [*BOOK, "notebooks"]],
 }
