@@ -34,10 +34,10 @@ from minigen.transformer import (
 
 # %% ../nbs/09_any_to_any.ipynb #d4d99e82
 def train_text_tokenizer(texts: Iterable[str], size: int = 512) -> Tokenizer:
-    """A byte-pair tokenizer with at most `size` tokens, for these texts.
+    """Train a byte-pair tokenizer with at most `size` tokens on these texts.
 
-    It begins with the 256 bytes, so that every text has tokens, and merges the pairs
-    that come most often (Sennrich et al. 2016; bytes as in GPT-2).
+    It begins with the 256 bytes, so that any text can be encoded, and merges the most
+    frequent pairs (Sennrich et al. 2016; bytes as in GPT-2).
     """
     if size < 256:
         raise ValueError("expected at least 256 tokens, one for each byte, found "
@@ -53,24 +53,24 @@ def train_text_tokenizer(texts: Iterable[str], size: int = 512) -> Tokenizer:
 # %% ../nbs/09_any_to_any.ipynb #74b2aaf9
 @dataclass(kw_only=True)
 class AnyToAnyConfig(TransformerConfig):
-    """The shape of an `AnyToAny`, its text tokenizer, and how it is trained."""
+    """Configuration of an `AnyToAny`: sizes, text tokenizer and training."""
 
-    text: str = ""  # the text tokenizer, as `Tokenizer.to_str` writes it
-    codebook_size: int = 1024  # K: how many image tokens there are
-    height: int = 8  # of the grid of an image's tokens
-    width: int = 8
-    length: int = 192  # L: positions of the longest sequence
-    qk_norm: bool = True  # Chameleon's norm of queries and keys
-    positions: Literal["none", "learned"] = "none"  # besides those of texts and images
-    text_weight: float = 1.0  # of a text token in the loss
-    image_weight: float = 1.0  # of an image token in the loss
-    z_loss: float = 1e-5  # weight of the squared log partition; Lumina-mGPT's
-    text_first: float = 0.45  # share of images that come after their caption
-    image_first: float = 0.35  # and before it; of the others, inside of it
+    text: str = ""  # the text tokenizer as written by `Tokenizer.to_str`; empty: bytes
+    codebook_size: int = 1024  # K: number of image tokens
+    height: int = 8  # rows of an image's token grid
+    width: int = 8  # columns
+    length: int = 192  # L: tokens of the longest sequence
+    qk_norm: bool = True  # normalize queries and keys, as Chameleon does
+    positions: Literal["none", "learned"] = "none"  # in addition to those of `embed`
+    text_weight: float = 1.0  # weight of a text token or mark in the loss
+    image_weight: float = 1.0  # weight of an image token in the loss
+    z_loss: float = 1e-5  # weight of (log Z)^2 in the training loss; Lumina-mGPT's
+    text_first: float = 0.45  # share of images that come after their whole caption
+    image_first: float = 0.35  # share before their caption; the rest are inside it
     pairs: float = 0.25  # share of batches whose sequences have two images each
-    text_dropout: float = 0.1  # share of captions left out in training, for guidance
-    tokenizer: str = ""  # where the image tokenizer was when the model was trained
-    fingerprint: str = ""  # which one it was: to others, tokens mean other images
+    text_dropout: float = 0.1  # share of images trained without the text before them
+    tokenizer: str = ""  # name or path of the image tokenizer used in training
+    fingerprint: str = ""  # of that tokenizer: with another, tokens mean other images
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,7 +79,7 @@ class AnyToAnyConfig(TransformerConfig):
                 "expected at least one image token and a grid of at least 1 x 1, found "
                 f"codebook_size={self.codebook_size}, height={self.height} and "
                 f"width={self.width}")
-        least = self.height * self.width + 4  # its marks, and a token of text
+        least = self.height * self.width + 4  # two marks, one `end`, and a text token
         if self.length < least:
             raise ValueError(f"a sequence of {self.length} cannot hold an image of "
                              f"{self.height} x {self.width} tokens: give at least "
@@ -93,16 +93,16 @@ class AnyToAnyConfig(TransformerConfig):
             "text_first", "image_first", "pairs", "text_dropout")}
         orders = self.text_first + self.image_first
         if min(shares.values()) < 0 or max(*shares.values(), orders) > 1 + 1e-6:
-            raise ValueError("text_first, image_first, pairs and text_dropout are "
-                             "shares from 0 to 1, the first two together, too; found "
+            raise ValueError("text_first, image_first, pairs and text_dropout must be "
+                             "shares from 0 to 1, and the first two together; found "
                              f"{', '.join(f'{k}={v}' for k, v in shares.items())}")
 
 # %% ../nbs/09_any_to_any.ipynb #85cd7c7c
 def places_in(model: "AnyToAny", tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The position of each of tokens (B, T), and which of an image's tokens it is.
+    """The position (B, T) of each of tokens (B, T), and its index (B, T) in its image.
 
-    All tokens of an image have the position of the mark that opens it. The second
-    (B, T) counts them from 0, and is -1 outside of images.
+    All tokens of an image have the position of the mark that opens it. The index counts
+    them from 0, row by row, and is -1 outside images.
     """
     index = torch.arange(tokens.shape[1], device=tokens.device)
     opened = torch.where(tokens == model.open, index, -1).cummax(dim=1).values
@@ -113,7 +113,7 @@ def places_in(model: "AnyToAny", tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_sequences(tokens: Tensor, length: int, vocab_size: int) -> None:
-    """Raise ValueError unless tokens (B, T) are sequences that a model can read."""
+    """Raise ValueError unless tokens (B, T) are in range and T is 1 to `length`."""
     if tokens.ndim != 2 or not 0 < tokens.shape[1] <= length:
         raise ValueError("expected sequences (B, T) of at least one token and at most "
                          f"{length}, found shape {tuple(tokens.shape)}")
@@ -123,9 +123,10 @@ def check_sequences(tokens: Tensor, length: int, vocab_size: int) -> None:
 class AnyToAny(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over sequences of texts and images.
 
-    `forward(tokens (B, T) int64) -> logits (B, T, V)`: those at a position are for the
-    next token. There are those of the text tokenizer, the K of the image tokenizer, and
-    three marks: `open` and `close` around an image, and `end` at both ends.
+    `forward(tokens (B, T) int64) -> logits (B, T, V)`: those at a position predict the
+    next token. The vocabulary has the tokens of the text tokenizer, then the K image
+    tokens, then three marks: `open` and `close` around an image, and `end` at both ends
+    of a sequence.
     """
 
     def __init__(self, config: AnyToAnyConfig):
@@ -147,7 +148,7 @@ class AnyToAny(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("grammar", grammar(self), persistent=False)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Vectors (B, T - start, D) of tokens (B, T), from the position `start` on."""
+        """Embeddings (B, T - start, D) of tokens (B, T) from position `start` on."""
         position, within = (x[:, start:] for x in places_in(self, tokens))
         at, columns = within.clamp(0, self.per_image - 1), self.config.width
         grid = self.row(at // columns) + self.column(at % columns)
@@ -155,7 +156,7 @@ class AnyToAny(nn.Module, PyTorchModelHubMixin):
         return x + grid * (within >= 0)[..., None]            # (B, T - start, D)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The last hidden states (B, T, D) at tokens (B, T)."""
+        """The final hidden states (B, T, D) of tokens (B, T)."""
         check_sequences(tokens, self.config.length, self.vocab_size)
         return self.transformer(self.embed(tokens))
 
@@ -163,17 +164,17 @@ class AnyToAny(nn.Module, PyTorchModelHubMixin):
         return self.head(self.hidden(tokens))                 # (B, T, V)
 
     def stream(self, prompts: list[Tensor], **options) -> Iterator[Tensor]:
-        """See `continue_sequences`."""
+        """Continue sequences (t,) token by token: see `continue_sequences`."""
         return continue_sequences(self, prompts, **options)
 
     def complete(self, tokenizer: nn.Module, parts: list[str | Tensor],
                  then: str = "anything", **options) -> list[str | Tensor]:
-        """Continue a list of texts and images (3, H, W): `complete_all` for one."""
+        """Continue one list of texts and images (3, H, W): see `complete_all`."""
         return complete_all(self, tokenizer, [parts], then, **options)[0]
 
 # %% ../nbs/09_any_to_any.ipynb #18a0da14
 def read_text_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer that `Tokenizer.to_str` wrote; without text, one of bytes only."""
+    """The tokenizer that `Tokenizer.to_str` wrote; if `text` is empty, one of bytes."""
     if not text:
         return train_text_tokenizer([], 256)
     try:
@@ -183,15 +184,15 @@ def read_text_tokenizer(text: str) -> Tokenizer:
                          f"it: {error}") from None
 
 # %% ../nbs/09_any_to_any.ipynb #05e3be11
-TEXT, TEXT_ONLY, IMAGE, CLOSE, END = range(5)  # the rows of the grammar
+TEXT, TEXT_ONLY, IMAGE, CLOSE, END = range(5)  # states: the rows of the grammar
 
 
 def grammar(model: "AnyToAny") -> Tensor:
-    """Which tokens may come next (5, V): True where one may, for each state.
+    """A mask (5, V) of the tokens that may come next in each state.
 
-    Outside of images there are texts and marks. Where no image fits any more, none may
-    be opened. In an image there are codes; after its last one it is closed; and nothing
-    follows the end.
+    `TEXT`, outside images, allows text, `open` and `end`; `TEXT_ONLY`, where no image
+    fits anymore, text and `end`; `IMAGE` image tokens; `CLOSE`, after the last of them,
+    `close`; and `END` only more `end` marks, as padding.
     """
     token = torch.arange(model.vocab_size)
     text, code = token < model.first_code, token < model.open
@@ -202,9 +203,9 @@ def grammar(model: "AnyToAny") -> Tensor:
 
 def next_state(model: "AnyToAny", tokens: Tensor, length: int,
                images: bool = True) -> Tensor:
-    """The row of the grammar (B,) for what follows tokens (B, t).
+    """The row (B,) of the grammar that applies to the token after tokens (B, t).
 
-    A new image may begin only if `images` says so and it fits into `length`.
+    A new image may begin only if `images` is True and the image fits into `length`.
     """
     used = tokens.shape[1]
     index = torch.arange(1, used + 1, device=tokens.device)
@@ -218,12 +219,12 @@ def next_state(model: "AnyToAny", tokens: Tensor, length: int,
 
 # %% ../nbs/09_any_to_any.ipynb #e245028f
 def split_parts(model: "AnyToAny", tokens: Tensor) -> list[tuple[str, list[int]]]:
-    """The texts and images of a sequence (T,): pairs of a kind and its tokens.
+    """Split a sequence (T,) into texts and images: pairs of a kind and its tokens.
 
-    Kinds are "text" and "image"; an image's tokens are codes from 0 on. The last image
-    may have fewer than it should. ValueError if a token stands where none may.
+    The kind is "text" or "image"; an image's tokens are its codes, from 0 to K - 1. The
+    last image may be incomplete. ValueError if a token breaks the grammar.
     """
-    found, image = [], None  # `image`: the codes of one that is open
+    found, image = [], None  # `image`: the codes of an open image
     for n, token in enumerate(tokens.tolist()):
         if image is not None and token == model.close and len(image) == model.per_image:
             image = None
@@ -248,7 +249,7 @@ def split_parts(model: "AnyToAny", tokens: Tensor) -> list[tuple[str, list[int]]
 
 # %% ../nbs/09_any_to_any.ipynb #aeb347e5
 def missing_codes(model: "AnyToAny", tokens: Tensor) -> int | None:
-    """How many codes are missing of the image in which a sequence (T,) ends, if any."""
+    """How many codes the open image at the end of a sequence (T,) lacks, or None."""
     parts = split_parts(model, tokens)
     if tokens[-1] == model.open:
         return model.per_image
@@ -258,15 +259,15 @@ def missing_codes(model: "AnyToAny", tokens: Tensor) -> int | None:
 
 # %% ../nbs/09_any_to_any.ipynb #50cf9384
 class CaptionedItem(NamedTuple):
-    """An image's tokens and its caption, or what `default_collate` makes of many."""
+    """An image's tokens and caption; `default_collate` makes a batched item."""
 
     tokens: Tensor  # (N,) int64, codes row by row
-    caption: Tensor  # (M,) int64, text tokens, then -1 up to the longest caption
-    label: int  # the class
+    caption: Tensor  # (M,) int64, text tokens, padded with -1 to the longest caption
+    label: int  # the index of the class
 
 
 class CaptionedCodes(Dataset):
-    """Codes of images, and the captions (one for each image) as tokens of `text`."""
+    """Codes of images with one caption each, as tokens of `text`: `CaptionedItem`s."""
 
     def __init__(self, codes: CodeDataset, captions: list[str], text: Tokenizer):
         variants = codes.codes.shape[1]
@@ -288,10 +289,11 @@ class CaptionedCodes(Dataset):
 # %% ../nbs/09_any_to_any.ipynb #d8b25614
 def make_sequence(model: AnyToAny, codes: Tensor, caption: Tensor, cut: int,
                   silent: bool = False) -> tuple[Tensor, Tensor]:
-    """A sequence (T,) without its ends, and which of its tokens are to be learned.
+    """A sequence (T,) without its `end` marks, and a mask (T,) of the tokens to learn.
 
-    The first `cut` tokens of the caption stand before the image. If `silent`, marks
-    that say nothing stand in their place.
+    The image's `codes` (N,) come after the first `cut` tokens of the `caption` (M,) and
+    before the others; padding of -1 is removed. If `silent`, the tokens before the
+    image are replaced by `end` marks, which are not learned.
     """
     caption = caption[caption >= 0]
     marks = caption.new_tensor([model.open, model.close])
@@ -306,7 +308,7 @@ def make_sequence(model: AnyToAny, codes: Tensor, caption: Tensor, cut: int,
 
 def make_batch(model: AnyToAny, rows: list[tuple[Tensor, Tensor]],
                ) -> tuple[Tensor, Tensor]:
-    """Sequences (B, T) with `end` at both ends, and which tokens are to be learned."""
+    """Pad rows of `make_sequence`, with `end` at both ends: tokens and mask (B, T)."""
     end, yes = rows[0][0].new_tensor([model.end]), rows[0][1].new_ones(1)
     tokens = [torch.cat([end, tokens, end]) for tokens, _ in rows]
     learned = [torch.cat([~yes, learned, yes]) for _, learned in rows]
@@ -316,7 +318,11 @@ def make_batch(model: AnyToAny, rows: list[tuple[Tensor, Tensor]],
 # %% ../nbs/09_any_to_any.ipynb #a8769602
 def sequence_loss(model: AnyToAny, tokens: Tensor, learned: Tensor,
                   z_loss: float = 0.0) -> Tensor:
-    """Weighted mean of the cross entropy in nats of the learned tokens (B, T)."""
+    """Weighted mean cross entropy, in nats per token, of the learned tokens (B, T).
+
+    `learned` (B, T) is the mask of `make_batch`; the weights are the configuration's.
+    With `z_loss`, that multiple of (log Z)^2 is added to each token's cross entropy.
+    """
     config, target = model.config, tokens[:, 1:]
     logits = model(tokens[:, :-1]).float()                               # (B, T - 1, V)
     code = (target >= model.first_code) & (target < model.open)
@@ -329,7 +335,11 @@ def sequence_loss(model: AnyToAny, tokens: Tensor, learned: Tensor,
 
 def mixed_loss(model: AnyToAny, batch: CaptionedItem,
                generator: torch.Generator | None = None) -> Tensor:
-    """The loss of captions and images in all orders, which are drawn at random."""
+    """The loss of images after, before or inside their captions, chosen at random.
+
+    The shares of these orders, of pairs and of silent captions are those of the
+    configuration. Its z-loss is added in training mode only.
+    """
     config, device = model.config, batch.tokens.device
     lengths = (batch.caption >= 0).sum(dim=1)                            # (B,)
 
@@ -339,7 +349,7 @@ def mixed_loss(model: AnyToAny, batch: CaptionedItem,
     order, silent = random(len(lengths)), random(len(lengths)) < config.text_dropout
     cut = (random(len(lengths)) * (lengths + 1)).long()
     double = random(()) < config.pairs
-    if double:  # whole captions, all on one side: else two of them would meet
+    if double:  # whole captions on the same side, so that no two of them touch
         order[:] = order[0] * (config.text_first + config.image_first)
     cut = torch.where(order < config.text_first, lengths, cut)
     behind = (order >= config.text_first) & (
@@ -356,8 +366,11 @@ def mixed_loss(model: AnyToAny, batch: CaptionedItem,
 # %% ../nbs/09_any_to_any.ipynb #81112191
 def direction_loss(model: AnyToAny, batch: CaptionedItem,
                    to: Literal["image", "text", "image alone"]) -> Tensor:
-    """Nats of an image token after its caption or alone, or of a text token after its
-    image; the mark behind a text counts as one of its tokens."""
+    """Mean nats per token of images or of captions, each given the other one.
+
+    `to` says what is predicted: "image", "text", or "image alone", where `end` marks
+    replace the caption. The `end` after a text counts as one of its tokens.
+    """
     rows = []
     for codes, caption in zip(batch.tokens, batch.caption, strict=True):
         cut = 0 if to == "text" else len(caption)
@@ -366,7 +379,7 @@ def direction_loss(model: AnyToAny, batch: CaptionedItem,
         text = tokens < model.first_code
         rows.append((tokens, text if to == "text" else code))
     tokens, learned = make_batch(model, rows)
-    if to != "text":  # `make_batch` wants the last mark to be learned
+    if to != "text":  # `make_batch` marks the last `end` as learned
         learned &= tokens != model.end
     return sequence_loss(model, tokens, learned)
 
@@ -380,8 +393,10 @@ def continue_sequences(
 ) -> Iterator[Tensor]:
     """Continue sequences (t,) by the grammar up to `length`, yielding them as (B, t).
 
-    Without `images`, no new ones begin. With guidance each sequence is read twice, with
-    the texts of its prompt and without. Yields views of one tensor: copy what you keep.
+    If `images` is False, no new ones begin. With guidance, each sequence is read twice,
+    with the text of its prompt and with `end` marks in place of it. The options of
+    sampling are those of `minigen.sampling.sample`. Yields views of one tensor: copy
+    what you keep. ValueError if a prompt does not fit into `length`.
     """
     config, device = model.config, model.head.weight.device
     length = min(length or config.length, config.length)
@@ -417,9 +432,10 @@ def continue_sequences(
 # %% ../nbs/09_any_to_any.ipynb #953465d3
 def encode_parts(model: AnyToAny, tokenizer: nn.Module,
                  parts: list[str | Tensor]) -> Tensor:
-    """The sequence (T,) that begins with these texts and images (3, H, W) in [0, 1].
+    """Encode texts and images (3, H, W) in [0, 1] as the beginning of a sequence (T,).
 
-    Of the last image only the upper rows may be given; it is then to be completed.
+    The last image may consist of its upper rows only, a multiple of the tokenizer's
+    `downsample`; the sequence then ends inside it. ValueError for any other part.
     """
     device, side = model.head.weight.device, tokenizer.config.downsample
     H, W = side * model.config.height, side * model.config.width
@@ -435,8 +451,8 @@ def encode_parts(model: AnyToAny, tokenizer: nn.Module,
         if part.shape[2] != W or rows % side or not 0 < rows <= H or (
                 not whole and n < len(parts) - 1):
             raise ValueError(
-                f"expected images of {H} x {W} pixels, or at the end the upper rows of "
-                f"one, a multiple of {side}; found {rows} x {part.shape[2]}")
+                f"expected images of {H} x {W} pixels, or of the last one its upper "
+                f"rows, a multiple of {side}; found {rows} x {part.shape[2]}")
         codes = tokenizer.encode(part[None]).flatten() + model.first_code
         tokens += [model.open, *codes.tolist(), *([model.close] if whole else [])]
     return torch.tensor(tokens, device=device)
@@ -444,7 +460,10 @@ def encode_parts(model: AnyToAny, tokenizer: nn.Module,
 # %% ../nbs/09_any_to_any.ipynb #d5d8c6fd
 def decode_parts(model: AnyToAny, tokenizer: nn.Module,
                  tokens: Tensor) -> list[str | Tensor]:
-    """The texts and the whole images (3, H, W) of a sequence (T,)."""
+    """Decode a sequence (T,) into texts and images (3, H, W) in [0, 1], on the CPU.
+
+    An incomplete image is left out.
+    """
     grid, parts = (1, model.config.height, model.config.width), []
     for kind, ids in split_parts(model, tokens):
         if kind == "text":
@@ -459,11 +478,12 @@ def complete_all(
     model: AnyToAny, tokenizer: nn.Module, prompts: list[list[str | Tensor]],
     then: Literal["image", "text", "anything"] = "anything", **options,
 ) -> list[list[str | Tensor]]:
-    """Continue lists of texts and images (3, H, W), and return the longer lists.
+    """Continue lists of texts and images (3, H, W) in [0, 1]; return the longer lists.
 
-    "image" draws one image and stops, "text" writes and draws nothing, and "anything"
-    goes on until the model ends. An image of which only the upper rows are given is
-    completed first. Options are those of `continue_sequences`.
+    `then` is "image" to draw one image and stop, "text" to write only text, or
+    "anything" to go on until the model ends the sequence. An image given by its upper
+    rows alone is completed first; for "image", that is the one. The options are those
+    of `continue_sequences`.
     """
     check_tokenizer(model, tokenizer)
     if then not in ("image", "text", "anything"):
@@ -472,7 +492,7 @@ def complete_all(
     whole = [sum(isinstance(part, Tensor) for part in parts) for parts in prompts]
     for n, tokens in enumerate(sequences):
         if missing_codes(model, tokens) is not None:
-            whole[n] -= 1  # this one is to be completed
+            whole[n] -= 1  # the last one is still incomplete
         elif then == "image":
             sequences[n] = torch.cat([tokens, tokens.new_tensor([model.open])])
     images = then != "text"
@@ -490,13 +510,13 @@ def complete_all(
             break
     results = []
     for tokens, parts, count in zip(drawn, prompts, whole, strict=True):
-        if then == "image":  # others may have needed more steps
+        if then == "image":  # other rows may have taken more steps
             tokens = tokens[: int((tokens == model.close).nonzero()[count]) + 1]
         results.append(decode_parts(model, tokenizer, tokens))
         known = [part for part in parts if isinstance(part, Tensor)][:count]
         for at, kind in enumerate(results[-1]):
             if known and isinstance(kind, Tensor):
-                results[-1][at] = known.pop(0)  # as it was given
+                results[-1][at] = known.pop(0)  # as given, not decoded from its tokens
     return results
 
 # %% ../nbs/09_any_to_any.ipynb #cccc98ec
@@ -506,16 +526,21 @@ LIGHT = re.compile(r"\b(on an? \w+ day|at (dawn|dusk|night))\b")
 
 
 def subject_and_light(caption: str) -> tuple[str, str]:
-    """What a caption of a landscape begins with, and its "at dusk"; "" if missing."""
+    """The subject and light of a landscape's caption, such as "a lake" and "at dusk".
+
+    Each is "" if the caption has none.
+    """
     subject = max((s for s in STARTS if caption.startswith(s)), key=len, default="")
     light = LIGHT.search(caption)
     return subject, light[0] if light else ""
 
 
 def caption_scores(given: list[str], written: list[str]) -> dict[str, float]:
-    """Means over captions of landscapes: words, subject and light that are right.
+    """Compare the captions that a model wrote with the given ones of the landscapes.
 
-    Words are counted as often as they come. All figures are shares from 0 to 1.
+    Means over the captions, all from 0 to 1: precision and recall of the words, counted
+    with repetitions, and the shares with the right subject, with the right light, and
+    without any mistake.
     """
     found = dict.fromkeys((
         "word_precision", "word_recall", "subject_right", "light_right", "exact"), 0.0)

@@ -65,7 +65,7 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def clear_states(folder: Path, before: str = "state-x") -> None:
-    """Remove the states older than `before`, all by default, and what a kill left."""
+    """Remove states older than `before` (by default all) and those a kill cut short."""
     for path in folder.glob("state-*"):
         if path.name < before:
             atomic_rmtree(path)
@@ -74,7 +74,7 @@ def clear_states(folder: Path, before: str = "state-x") -> None:
 
 # %% ../nbs/appendix_runs.ipynb #c9fd050b
 def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    """In words, the fields in which two (nested) settings differ."""
+    """Say in words in which fields two nested settings differ."""
     found = []
     for name in dict.fromkeys([*saved, *now]):
         old, new = saved.get(name), now.get(name)
@@ -90,9 +90,9 @@ def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
 
 # %% ../nbs/appendix_runs.ipynb #86bd051e
 def save_state(folder: Path, settings: dict, state: dict) -> None:
-    """Write `state` and its settings to `folder/state-STEP`; keep the one before it.
+    """Write `state` and its settings to `folder/state-STEP`; keep the previous state.
 
-    A checksum lies beside the state, so that damage to the file is noticed.
+    The SHA-256 of the file is stored beside it, so that damage is noticed.
     """
     name, last = f"state-{state['step']:09d}", latest_state(folder)
     with atomic_dir(folder / name) as temporary:
@@ -110,10 +110,10 @@ def checksum(file: Path) -> str:
 
 
 def find_state(folder: Path, resume: bool, settings: dict) -> dict | None:
-    """The newest state in `folder` that is whole, or None if there is no state.
+    """The newest undamaged state in `folder`, or None if there is no state at all.
 
-    A damaged one is left out with a warning. ValueError if there is a state and
-    `resume` is not set, if all are damaged or, naming the fields, if settings differ.
+    Damaged ones are skipped with a warning. ValueError if there is a state but `resume`
+    is False, if all states are damaged, or if the settings differ, naming the fields.
     """
     path = latest_state(folder)
     if path is None:
@@ -146,7 +146,7 @@ def find_state(folder: Path, resume: bool, settings: dict) -> dict | None:
 
 @contextlib.contextmanager
 def explain_write_error(folder: Path, step: int) -> Iterator[None]:
-    """Say of a failed write, such as on a full disk, what is safe and how to resume."""
+    """Explain a failed write, such as on a full disk: what is safe, how to resume."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
@@ -155,7 +155,7 @@ def explain_write_error(folder: Path, step: int) -> Iterator[None]:
 
 
 def resume_hint(folder: Path | None) -> str:
-    """The last good state of a run, in words for an error message."""
+    """What the last good state of a run is and how to resume, for an error message."""
     state = latest_state(folder) if folder else None
     if state is None:
         return "no state of the run was saved before that"
@@ -165,11 +165,11 @@ def resume_hint(folder: Path | None) -> str:
 # %% ../nbs/appendix_runs.ipynb #6c5cf79d
 def save_checkpoint(model: nn.Module, folder: str | Path,
                     dtype: torch.dtype | None = None) -> None:
-    """Write `model.safetensors` and `config.json` to `folder`, each in one step.
+    """Write `model.safetensors` and `config.json` to `folder`, each atomically.
 
     The model is a `PyTorchModelHubMixin`; `config.json` also names its class. `dtype`
-    stores the weights in another precision: half of the bytes are enough to ship.
-    OSError if the disk is full; the files that were there before stay.
+    converts the stored weights: half precision is enough for models that ship. OSError
+    if the disk is full; existing files then stay as they were.
     """
     folder = Path(folder)
     model = model if dtype is None else deepcopy(model).to(dtype)
@@ -182,13 +182,13 @@ def save_checkpoint(model: nn.Module, folder: str | Path,
             about = read_json(temporary / "config.json")
         except SafetensorError as error:
             raise OSError(f"{folder / 'model.safetensors'} could not be written "
-                          f"({error}); if there was one before, it is still there"
+                          f"({error}); an existing file is unchanged"
                           ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         kind = type(model)
         write_json(config, about | {"model": f"{kind.__module__}.{kind.__name__}"})
-        shutil.copymode(config, weights)  # safetensors writes for its owner alone
+        shutil.copymode(config, weights)  # safetensors writes owner-only files
 
 # %% ../nbs/appendix_runs.ipynb #5a09d8c6
 PACKAGE = Path(minigen.__file__).resolve().parent
@@ -198,10 +198,10 @@ SHIPPED = next((folder for folder in (PACKAGE / "_shipped",
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint: a path, a shipped run, a chapter, or OWNER/NAME.
+    """Find the folder of a checkpoint: a path, a shipped run, a chapter, or OWNER/NAME.
 
     A chapter's name stands for the best of its shipped runs. OWNER/NAME is downloaded
-    from the Hugging Face hub. FileNotFoundError names what there is.
+    from the Hugging Face hub. FileNotFoundError lists the chapters and shipped runs.
     """
     if (Path(name) / "config.json").exists():
         return Path(name)
@@ -241,11 +241,11 @@ def model_class(name: str) -> type[nn.Module]:
 
 
 def load(name: str | Path, kind: type[nn.Module] | None = None) -> nn.Module:
-    """The model of a checkpoint, on the CPU and in eval mode.
+    """Load the model of a checkpoint, on the CPU and in eval mode.
 
-    `name` is what `find_checkpoint` takes. ValueError if it is not of class `kind`, if
-    its configuration has fields that this version does not know, or if a weight is
-    missing, left over, of another shape, or not finite.
+    `name` is what `find_checkpoint` takes. ValueError if the model is not of class
+    `kind`, if its configuration has unknown fields or wrong types, or if a weight is
+    missing, unexpected, of another shape or kind, or not finite.
     """
     config, folder = read_config(name), find_checkpoint(name)
     found = model_class(config.pop("model"))
@@ -282,7 +282,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_sizes(config: dict, file: Path, about: Path) -> None:
-    """Raise ValueError if a size in a configuration is beyond what the weights hold."""
+    """Raise ValueError if a size in a configuration is too large for the weights."""
     shapes = stored_shapes(file)
     numbers = max(4096, sum(map(math.prod, shapes.values())))
     layers = max(64, len(shapes))
@@ -297,7 +297,7 @@ def check_sizes(config: dict, file: Path, about: Path) -> None:
 
 
 def check_shapes(model: nn.Module, file: Path) -> None:
-    """Raise ValueError unless a file has all tensors of a model, and no others."""
+    """Raise ValueError unless a file has exactly a model's tensors and shapes."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = stored_shapes(file)
     wrong = [f"{name} is missing" for name in own.keys() - found.keys()]
@@ -308,7 +308,7 @@ def check_shapes(model: nn.Module, file: Path) -> None:
 
 
 def report_wrong(wrong: list[str], file: Path) -> None:
-    """Raise ValueError with the first of several complaints about a file."""
+    """Raise ValueError with the first five of the problems of a file, if it has any."""
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{file} does not hold this model: "

@@ -30,7 +30,10 @@ from .vq import VQModel
 
 
 def load_tokenizer(name: str | Path) -> VQModel:
-    """A tokenizer in eval mode: a name for `minigen.load`, or a LlamaGen file (.pt)."""
+    """Load a tokenizer, on the CPU and in eval mode.
+
+    `name` is what `minigen.load` takes, or a .pt file of LlamaGen's.
+    """
     is_llamagen = str(name).endswith(".pt")
     return VQModel.from_llamagen(name) if is_llamagen else load(name, VQModel)
 
@@ -41,7 +44,11 @@ TEN_CROPS = [*CORNERS, *(f"flipped, {corner}" for corner in CORNERS)]
 
 
 def variants(images: Tensor, size: int, names: list[str]) -> Iterator[Tensor]:
-    """What is encoded of images (B, 3, H, W); crops have `size` pixels a side."""
+    """Yield the variants of images (B, 3, H, W) in the order of `names`.
+
+    `names` is PLAIN, FLIPPED or TEN_CROPS. Crops have `size` pixels a side; the other
+    variants are as large as the images.
+    """
     if names == TEN_CROPS:
         from torchvision.transforms.functional import ten_crop
 
@@ -53,17 +60,17 @@ def variants(images: Tensor, size: int, names: list[str]) -> Iterator[Tensor]:
 
 # %% ../nbs/04_vq_tokenizer.ipynb #3aa20fe0
 class CodeItem(NamedTuple):
-    """The codes of one image, or what `default_collate` makes of many."""
+    """One image's tokens and its class; `default_collate` makes batches of them."""
 
-    tokens: Tensor  # (T,) int64, row by row
-    label: int  # the class
+    tokens: Tensor  # (T,) int64, row by row; (B, T) in a batch
+    label: int  # index of the class; (B,) int64 in a batch
 
 
 class CodeDataset(Dataset):
     """The codes in a folder that `extract_codes` wrote; they stay on disk until read.
 
-    Item n is variant n % V of image n // V. ValueError if codes are missing, or if they
-    were made by another tokenizer than the given one.
+    Item n is variant n % V of image n // V. ValueError if codes are missing or damaged,
+    or if another tokenizer than the given one made them.
     """
 
     def __init__(self, folder: str | Path, tokenizer: VQModel | None = None):
@@ -106,7 +113,7 @@ class CodeDataset(Dataset):
 
 
 def open_array(file: Path) -> np.ndarray:
-    """An array that stays on disk; ValueError if its file is cut short."""
+    """Map an array file into memory, read-only; ValueError if the file is damaged."""
     try:
         return np.load(file, mmap_mode="r")
     except (*DAMAGED_ARRAY, OSError) as error:
@@ -115,7 +122,7 @@ def open_array(file: Path) -> np.ndarray:
 
 
 def read_metadata(folder: Path) -> dict:
-    """The description of a folder of codes; ValueError if it is not one."""
+    """Read metadata.json of a folder of codes; ValueError if missing or damaged."""
     file = folder / "metadata.json"
     found = read_json(file) if file.exists() else {}
     if not isinstance(found, dict) or "fingerprint" not in found:
@@ -132,12 +139,12 @@ def read_metadata(folder: Path) -> dict:
 
 
 def code_shape(metadata: dict) -> tuple[int, int, int]:
-    """N, V and T: images, variants and tokens."""
+    """The shape (N, V, T) of the codes: images, variants, tokens per variant."""
     return metadata["images"], len(metadata["variants"]), math.prod(metadata["grid"])
 
 
 def images_done(folder: Path) -> int:
-    """How many images a folder holds the codes of; 0 if there is none yet."""
+    """The number of images whose codes are in a folder, 0 if there are none yet."""
     about = read_metadata(folder) if (folder / "metadata.json").exists() else {}
     if about.get("complete"):
         return about["images"]
@@ -148,7 +155,7 @@ def images_done(folder: Path) -> int:
 def dataset_hash(dataset: Dataset) -> str:
     """A 16-digit hash of the names, order and classes of the images."""
     if isinstance(dataset, CachedLandscapes):
-        lines = [dataset.folder.name]  # names everything that the images depend on
+        lines = [dataset.folder.name]  # it names all that the images depend on
     else:
         names = [name for *_, name in dataset.records]
         root = len(os.path.dirname(os.path.commonprefix(names)))  # the folder may move
@@ -158,7 +165,7 @@ def dataset_hash(dataset: Dataset) -> str:
 
 
 def image_hash(dataset: Dataset, index: int) -> int:
-    """A hash of an image's file or pixels, from 1 to 2^64 - 1."""
+    """A hash of an image's file or pixels, from 1 to 2^64 - 1; 0 means not done yet."""
     if isinstance(dataset, CachedLandscapes):
         data = dataset.images[index].tobytes()
     else:
@@ -169,17 +176,21 @@ def image_hash(dataset: Dataset, index: int) -> int:
 
 
 def check_images(folder: Path, dataset: Dataset, indices: np.ndarray) -> None:
-    """ValueError if an image is no longer the one whose codes `folder` holds."""
+    """Raise ValueError if one of the images has changed since it was encoded."""
     hashes = open_array(folder / "hashes.npy")
     for index in indices:
         if image_hash(dataset, index) != hashes[index]:
-            raise ValueError(f"image {index} has changed since its codes were put into "
-                             f"{folder}: bring the old one back, or remove the folder "
+            raise ValueError(f"image {index} has changed since its codes were written "
+                             f"to {folder}: restore the image, or remove the folder "
                              "and extract the codes again")
 
 
 def create_files(folder: Path, metadata: dict) -> None:
-    """Write metadata.json and files with room for all codes; hashes.npy comes last."""
+    """Write metadata.json and files with room for all codes.
+
+    hashes.npy comes last: once it exists, the folder can be filled. OSError if the disk
+    is too small; then no file is left behind.
+    """
     N, V, T = code_shape(metadata)
     try:
         write_json(folder / "metadata.json", metadata)
@@ -198,9 +209,9 @@ def create_files(folder: Path, metadata: dict) -> None:
 
 
 def check_files(folder: Path, metadata: dict) -> None:
-    """Raise ValueError unless the files of a half-done folder are whole.
+    """Raise ValueError unless the files of an unfinished folder have their full length.
 
-    NumPy would fill a file that is cut short with zeros.
+    NumPy would fill up a truncated file with zeros when it opens it for writing.
     """
     for name, shape in (("codes", code_shape(metadata)),
                         ("labels", code_shape(metadata)[:1]),
@@ -213,7 +224,10 @@ def check_files(folder: Path, metadata: dict) -> None:
 
 
 def check_metadata(folder: Path, metadata: dict) -> bool:
-    """Whether a folder holds all codes of `metadata`; ValueError if it holds others."""
+    """Whether a folder holds all the codes that `metadata` describes.
+
+    ValueError if it holds other codes, or something else.
+    """
     if not (folder / "metadata.json").exists():
         if folder.exists() and any(name[0] != "." for name in os.listdir(folder)):
             raise ValueError(f"{folder} holds something other than codes: expected a "
@@ -222,7 +236,7 @@ def check_metadata(folder: Path, metadata: dict) -> bool:
     saved = read_metadata(folder)
     same = dict.fromkeys(("complete", "versions", "classes"))  # classes are in the hash
     if saved["fingerprint"] == metadata["fingerprint"]:
-        same["tokenizer"] = None  # the same tokenizer in another place
+        same["tokenizer"] = None  # the same tokenizer under another name
     if found := differences(saved | same, metadata | same):
         raise ValueError(f"{folder} was made with other settings or images: "
                          f"{'; '.join(found)}. Use the same ones, or another folder")
@@ -233,8 +247,9 @@ def encode_batches(folder: Path, metadata: dict, tokenizer: VQModel, dataset: Da
                    starts: list[int], batch_size: int) -> Iterator[None]:
     """Encode the batches of images that begin at `starts`, yielding after each.
 
-    Images have fixed places in the files, and their hashes follow once their codes are
-    on disk, so a kill loses nothing. The disk takes up to a twentieth of the time.
+    Each image has a fixed position in the files, and its hash follows once its codes
+    are on disk, so a kill costs only what was encoded since the last flush. Flushing
+    takes up to a twentieth of the time.
     """
     codes, labels, hashes = (np.load(folder / f"{name}.npy", mmap_mode="r+")
                              for name in ("codes", "labels", "hashes"))
@@ -275,14 +290,15 @@ def extract_codes(
 ) -> CodeDataset:
     """Encode a data set once, into the folder `out`, to train on its codes many times.
 
-    `tokenizer` is what `load_tokenizer` takes; `data`, `split`, `length`, `seed` and
-    `on_error` are what `load_dataset` takes. `flip` adds mirror images. `ten_crop`, as
-    in LlamaGen, instead loads images at `crop_range` times the size, and encodes the
-    corners and the center, each also mirrored. Processes of torchrun or `accelerate
-    launch` share the work. The same call resumes after a kill, and returns at once when
-    all codes are there. ValueError if `out` holds other codes or those of other images:
-    all images done so far are compared when it resumes, and up to 1,000 of them when
-    all are done.
+    Images are encoded as squares of `size` pixels a side. `tokenizer` is what
+    `load_tokenizer` takes; `data`, `split`, `length`, `seed` and `on_error` are what
+    `load_dataset` takes. `flip` adds mirror images. `ten_crop`, as in LlamaGen, instead
+    loads images at `crop_range` times the size and encodes the corners and the center,
+    each also mirrored. Processes of torchrun or `accelerate launch` share the work. The
+    same call resumes after a kill, and returns at once if all codes are there.
+    ValueError if `out` was made with other settings, or if images have changed: a call
+    that resumes compares all images done so far, and one that finds all codes compares
+    up to 1,000 images.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -290,12 +306,12 @@ def extract_codes(
         raise ValueError(f"crop_range must be at least 1, found {crop_range}")
     device, out, model = pick_device(), Path(out), load_tokenizer(tokenizer)
     if model.codebook_size > 2**16:
-        raise ValueError("codes are stored in 16 bits: expected a tokenizer of at most "
-                         f"65,536 codes, found {model.codebook_size:,}")
+        raise ValueError("codes are stored in 16 bits: expected a tokenizer with at "
+                         f"most 65,536 codes, found {model.codebook_size:,}")
     grid, crop_range = model.grid(size, size), float(crop_range) if ten_crop else 1.0
     prepared = int(size * crop_range)
     processes = join_processes(device)
-    with processes.main_process_first():  # it draws or downloads what is missing
+    with processes.main_process_first():  # which draws or downloads missing data
         dataset = load_dataset(data, prepared, split, length, seed, on_error)
     metadata = {
         "tokenizer": str(tokenizer), "fingerprint": model.fingerprint(),
@@ -312,7 +328,7 @@ def extract_codes(
             few = np.linspace(0, len(dataset) - 1, min(len(dataset), 1000), dtype=int)
             check_images(out, dataset, few)
         return CodeDataset(out)
-    processes.wait_for_everyone()  # until all have looked
+    processes.wait_for_everyone()  # until all have checked the folder
     is_main = processes.is_main_process
     with lock_folder(out) if is_main else contextlib.nullcontext():
         marks = out / "hashes.npy"
@@ -325,7 +341,7 @@ def extract_codes(
         done = np.load(marks)
         starts = [n for n in range(0, len(done), batch_size)
                   if not done[n : n + batch_size].all()]
-        processes.wait_for_everyone()  # until all have read the same
+        processes.wait_for_everyone()  # until all have read the same hashes
         share = starts[processes.process_index :: processes.num_processes]
         check_images(out, dataset, np.flatnonzero(done)[
             processes.process_index :: processes.num_processes])

@@ -33,23 +33,23 @@ from .landscapes import CLASSES, VERSION, Landscape, render
 
 # %% ../nbs/appendix_data.ipynb #0c7ce8fd
 class Item(NamedTuple):
-    """An image and what is known about it; `default_collate` makes a batched `Item`."""
+    """An image, its label and its caption; `default_collate` makes a batched `Item`."""
 
     image: Tensor       # (3, H, W) float32 in [0, 1]
-    label: int          # number of the class
+    label: int          # index of the class
     caption: str        # what the image shows: "birds over mountains at dusk"
 
 
 def to_item(pixels, label, caption):
-    """An `Item` from 8-bit values (3, H, W), even from a read-only view of a file."""
+    """Make an `Item` from uint8 pixels (3, H, W), which may be a read-only array."""
     return Item(torch.from_numpy(np.array(pixels)).float() / 255, int(label), caption)
 
 
 def draw_landscape(index: int, size: int = 64, split: str = "train", seed: int = 0,
                    captions: str = "sentence") -> Item:
-    """Landscape `index` of `split` ("train", "val" or "test"); always the same one.
+    """Draw landscape `index` of `split` ("train", "val" or "test"), always the same.
 
-    The same index at another size (16 to 512) is the same scene at another resolution.
+    The same index at another size (16 to 512 pixels) shows the same scene.
     With `captions="words"` the caption has the form "birds, mountains".
     """
     drawn = render(index, size, split, seed)
@@ -64,7 +64,7 @@ def pick_caption(drawn: Landscape, captions: str) -> str:
 
 # %% ../nbs/appendix_data.ipynb #a6a0d11f
 class Landscapes(Dataset):
-    """The first `length` landscapes of a split, each drawn when it is asked for."""
+    """The first `length` landscapes of a split, each drawn when its item is read."""
 
     classes = CLASSES
 
@@ -86,7 +86,7 @@ class Landscapes(Dataset):
 
 # %% ../nbs/appendix_data.ipynb #70f89ada
 class CachedLandscapes(Dataset):
-    """Landscapes in a folder from `cached_landscapes`; the images stay on disk.
+    """Landscapes in a folder that `cached_landscapes` wrote; the images stay on disk.
 
     `moods` holds the name of each image's mood, which is not part of an `Item`.
     """
@@ -125,15 +125,15 @@ def cached_landscapes(
         captions: str = "sentence") -> CachedLandscapes:
     """The first `length` landscapes of a split, drawn once and then read from disk.
 
-    The name of their folder holds everything that the images depend on. One of several
-    processes draws, the others wait for it; a killed one leaves nothing incomplete.
+    The folder's name contains everything that the images depend on. Of several
+    processes, one draws and the others wait; a kill leaves no incomplete folder.
     """
     items = Landscapes(size, length, split, seed, captions)
     name = f"landscapes-v{VERSION}-{size}px-{split}-seed{seed}-{length}"
     folder = cache_root(root) / name
     if not folder.exists():
         with lock_folder(folder.with_name(f".lock-{name}"), wait=True):
-            if not folder.exists():         # nobody drew them while we waited
+            if not folder.exists():         # no other process drew them meanwhile
                 clear_partial(folder.parent)
                 with atomic_dir(folder) as temporary:
                     write_landscapes(items, temporary)
@@ -147,7 +147,7 @@ def clear_partial(root):
         try:
             with lock_folder(root / f".lock-{name}"):
                 shutil.rmtree(temporary, ignore_errors=True)
-        except BlockingIOError:             # somebody is
+        except BlockingIOError:             # another process is drawing them
             continue
 
 
@@ -155,7 +155,7 @@ def write_landscapes(items, folder):
     """Draw `items` into the three files of `folder`."""
     shape, path = (len(items), 3, items.size, items.size), folder / "images.npy"
     images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    reserve(path, path.stat().st_size)      # a full disk is an error now, not a crash
+    reserve(path, path.stat().st_size)      # a full disk fails now, not by SIGBUS later
     labels, described = np.empty(len(items), np.int64), []
     for index in progress(range(len(items)), "drawing landscapes"):
         images[index], labels[index], *rest = render(
@@ -168,12 +168,12 @@ def write_landscapes(items, folder):
 
 
 def progress(items, what):
-    """A progress bar, unless there are only a few items."""
+    """Iterate over `items`, with a progress bar if there are more than 2,000."""
     return tqdm(items, desc=what, disable=True if len(items) <= 2000 else None)
 
 # %% ../nbs/appendix_data.ipynb #3fe9c28c
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image in RGB: EXIF rotation applied, transparent pixels laid on white."""
+    """Convert a PIL image to RGB, rotated as EXIF says and flattened onto white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):          # 16-bit gray: a plain convert would clip it
         values = np.asarray(image).clip(0, 65535) / 257 + 0.5
@@ -189,12 +189,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image, size: int) -> Tensor:
-    """The central square of a PIL image, resized: float (3, size, size) in [0, 1]."""
+    """Crop a PIL image to its central square and resize: (3, size, size) in [0, 1]."""
     return torch.from_numpy(to_square(image, size)).float() / 255
 
 
 def to_square(image, size):
-    """The same in 8-bit values (3, size, size)."""
+    """Like `prepare`, but as a uint8 array (3, size, size)."""
     image = to_rgb(image)
     width, height = image.size
     side = min(width, height)
@@ -207,15 +207,15 @@ def to_square(image, size):
 EXTENSIONS = tuple(".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm".split())
 # Other formats may start other programs: for EPS, Pillow calls Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_PIXELS = 2**26  # of an image: 8192 x 8192; set another limit here
+MAX_PIXELS = 2**26  # largest image opened: 8192 x 8192; can be changed
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, TypeError, OverflowError,
               zlib.error, Image.DecompressionBombError)     # what Pillow raises
 
 
 def read_square(source, size, name):
-    """An image file's path or bytes, or an array (H, W, 3), as 8-bit (3, size, size).
+    """Read an image file's path or bytes, or an array (H, W, 3): uint8 (3, size, size).
 
-    ValueError with the `name` of the file when it is empty or cannot be read.
+    ValueError with the `name` of the file if it is empty or cannot be read.
     """
     try:
         if isinstance(source, np.ndarray):
@@ -224,7 +224,7 @@ def read_square(source, size, name):
         if not data:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # about odd metadata
+            warnings.simplefilter("ignore")     # Pillow's, about odd metadata
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if math.prod(image.size) > MAX_PIXELS:
                     raise ValueError(
@@ -241,10 +241,10 @@ def read_square(source, size, name):
 
 
 class ImageDataset(Dataset):
-    """Real images: `records` are (source, label, caption, name); see `read_square`.
+    """Images from records (source, label, caption, name), as `Item`s of size x size.
 
-    With `on_error="skip"` all files are read once at the start, and the unreadable ones
-    are left out.
+    Sources and names are those of `read_square`. With `on_error="skip"`, all files are
+    read once at the start, and unreadable ones are left out with a warning.
     """
 
     def __init__(self, records: list, classes: list, size: int, on_error="raise"):
@@ -257,6 +257,7 @@ class ImageDataset(Dataset):
             self.skip_unreadable()
 
     def skip_unreadable(self):
+        """Drop unreadable records with a warning; ValueError if none is readable."""
         readable, last = [], ""
         for record in progress(self.records, "reading images"):
             try:
@@ -283,11 +284,11 @@ class ImageDataset(Dataset):
 
 # %% ../nbs/appendix_data.ipynb #4f2a5364
 def folder_records(folder, split, seed=0):
-    """Records and class names of an image folder of any usual form.
+    """Records and class names of an image folder in any of the usual forms.
 
-    A folder for each split inside (`train` and `val`); a folder for each class; or
-    images side by side. Without folders for the splits, a tenth of the files is kept
-    for "val", chosen by their names and the seed.
+    Inside it are `train` and `val` folders, one folder per class, a metadata.jsonl with
+    captions, or just images. Without split folders, a tenth of the images is set aside,
+    chosen by their names and the seed, and serves both as "val" and as "test".
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -321,8 +322,9 @@ def folder_records(folder, split, seed=0):
 
 
 def records_of_one_split(folder):
+    """Records and class names of a folder with metadata.jsonl, classes, or images."""
     if (folder / "metadata.jsonl").is_file():
-        import datasets  # Hugging Face's, only if it is needed
+        import datasets  # Hugging Face's, imported only if needed
 
         # the cache holds a table of file names and not the images
         with tempfile.TemporaryDirectory() as scratch:
@@ -355,7 +357,7 @@ def image_files(folder):
 
 
 def is_image(file):
-    """Whether a path is a file that is named like an image."""
+    """Whether a path is a file with the extension of an image."""
     return file.suffix.lower() in EXTENSIONS and file.is_file()
 
 
@@ -370,7 +372,7 @@ def captioned_records(table):
     table = table.cast_column("image", datasets.Image(decode=False))
     captions = [", ".join(filter(None, map(str.strip, (text or "").split(","))))
                 for text in table["text"]]
-    first = [caption.split(", ")[0] for caption in captions]    # the dominant scene
+    first = [caption.split(", ")[0] for caption in captions]    # the main subject
     classes = sorted(set(first))
     rows = zip(table["image"], first, captions, strict=True)
     return [(row["bytes"] or row["path"], classes.index(word), caption,
@@ -404,7 +406,7 @@ def imagenet_records(root, split, size):
 
 
 def labeled_records(samples, classes):
-    """Records and class names of (path, label) pairs; a class has several names."""
+    """Records of (path, label) pairs and class names; of a class's names, the first."""
     classes = [names[0] for names in classes]
     records = [(path, label, classes[label], str(path)) for path, label in samples]
     return records, classes
@@ -432,14 +434,15 @@ def load_dataset(name_or_path: str | Path, size: int, split: str = "train",
                  length: int | None = None, seed: int = 0, on_error: str = "raise",
                  root: str | Path | None = None,
                  captions: str = "sentence") -> Dataset:
-    """A data set of `Item` by path or by name: "landscapes", "cifar10", "imagenette",
-    "imagenet" or "nature-landscape".
+    """Open a data set of `Item` by path or by name: "landscapes", "cifar10",
+    "imagenette", "imagenet" or "nature-landscape".
 
-    At most `length` items: the first landscapes (10,000 by default, 1,000 for "val"),
-    or real images chosen by the seed. `root` is the folder for downloads and caches
-    (see `cache_root`). Landscapes have captions like "birds over mountains at dusk" or,
-    with `captions="words"`, "birds, mountains". ValueError or FileNotFoundError says
-    what is wrong.
+    Images are (3, size, size), of "train", "val" or "test". At most `length` of them:
+    the first landscapes (by default 10,000 for "train", 1,000 for the other splits), or
+    real images chosen by the seed. `on_error="skip"` leaves out unreadable files.
+    `root` is the folder for downloads and caches (see `cache_root`). Landscapes have
+    captions like "birds over mountains at dusk" or, with `captions="words"`, "birds,
+    mountains". ValueError or FileNotFoundError says what is wrong.
     """
     if length is not None and length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -452,7 +455,7 @@ def load_dataset(name_or_path: str | Path, size: int, split: str = "train",
         folder.mkdir(parents=True, exist_ok=True)
         records, classes = BUILDERS[name](folder, split, size)
     else:
-        if not name:  # which would be the current folder
+        if not name:  # Path("") would be the current folder
             raise ValueError("the name of the data is empty: give a folder of images "
                              f"or one of {', '.join(BUILDERS)}")
         records, classes = folder_records(name_or_path, split, seed)
@@ -465,26 +468,26 @@ def load_dataset(name_or_path: str | Path, size: int, split: str = "train",
 def endless_batches(dataset: Dataset, batch_size: int,
                     generator: torch.Generator | None = None, num_workers: int = 0,
                     start: int = 0, share: slice = slice(None)) -> Iterator:
-    """Batches of a data set forever, each pass in a new order from `generator`.
+    """Yield batches of a data set forever, each pass in a new order from `generator`.
 
     torch's `default_collate` makes the batches: `Item`s become an `Item` of stacked
-    images. A pass leaves out what does not fill a batch. The order does not depend on
-    `num_workers`. The first `start` batches are skipped without being read, so that a
-    run can resume; `share` says which items of each batch to read, so that several
-    processes can divide it. ValueError if the data set is smaller than one batch.
+    images. A last batch that is not full is dropped in each pass. The order does not
+    depend on `num_workers`. The first `start` batches are skipped without being read,
+    so that a run can resume; `share` is the slice of each batch to read, so that
+    several processes can divide it. ValueError if the items do not fill one batch.
     """
     if len(dataset) < batch_size:
         raise ValueError(f"the data set has {len(dataset)} items, too few for a batch "
                          f"of {batch_size}: use a smaller batch or more data")
     order = (batch[share] for batch in
              shuffled_batches(len(dataset), batch_size, generator, start))
-    # A generator of its own keeps the loader from advancing the global random state.
+    # With its own generator, the loader does not advance the global random state.
     return iter(DataLoader(dataset, batch_sampler=order, num_workers=num_workers,
                            generator=torch.Generator()))
 
 
 def shuffled_batches(count, batch_size, generator, start=0):
-    """Lists of `batch_size` numbers below `count`, forever, from batch `start` on."""
+    """Yield lists of `batch_size` indices below `count` forever, from batch `start`."""
     in_a_pass = count // batch_size
     while True:
         order = torch.randperm(count, generator=generator)

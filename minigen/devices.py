@@ -14,10 +14,10 @@ from accelerate import PartialState
 
 # %% ../nbs/02_training.ipynb #2c45facc
 def pick_device() -> torch.device:
-    """The fastest device there is: CUDA (this process's GPU), then MPS, then the CPU.
+    """The fastest available device: CUDA (this process's GPU), else MPS, else the CPU.
 
     `ACCELERATE_USE_CPU=true` in the environment, which `accelerate launch --cpu` sets,
-    means the CPU in any case.
+    forces the CPU.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return torch.device("cpu")
@@ -27,13 +27,13 @@ def pick_device() -> torch.device:
 
 
 def pick_preset() -> str:
-    """`MINIGEN_PRESET` in the environment, or `full` with a GPU and `demo` without."""
+    """The preset in `MINIGEN_PRESET`; if unset, `full` with CUDA and `demo` without."""
     default = "full" if pick_device().type == "cuda" else "demo"
     return os.environ.get("MINIGEN_PRESET") or default
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 if the device computes in it, else float32: emulated, it is slower."""
+    """bfloat16 if the device supports it natively, else float32 (emulation is slow)."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -43,7 +43,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def hardware() -> str:
-    """The machine in words: its GPUs, or the processor and the threads torch uses."""
+    """The machine in words: its GPUs, or its CPU, threads and instruction set."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -55,21 +55,22 @@ def hardware() -> str:
 
 # %% ../nbs/02_training.ipynb #4b1654c7
 def is_main_process() -> bool:
-    """Whether this process is the one that draws, prints and writes: the first."""
+    """Whether this is the first process, which alone generates, prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def join_processes(device: torch.device) -> PartialState:
-    """The processes that `torchrun` or `accelerate launch` started, this one included.
+    """Join the processes that `torchrun` or `accelerate launch` started.
 
-    The threads of a machine are divided among its processes.
+    The CPU threads of a machine are divided among its processes. ValueError if
+    `accelerate launch` should have started several and started one.
     """
     if "MASTER_ADDR" in os.environ and "RANK" not in os.environ and (
             "ACCELERATE_USE_CPU" in os.environ):
         raise ValueError(
-            "`accelerate launch` was asked for several processes and started one, as "
-            "it does if it sees no GPU: add --multi_gpu, which on a machine without "
-            "GPUs starts them on the CPU, or use torchrun")
+            "expected several processes, but `accelerate launch` started one, as it "
+            "does without a GPU: add --multi_gpu, which on a machine without GPUs "
+            "starts them on the CPU, or use torchrun")
     if (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     cpu = device.type == "cpu" and "RANK" in os.environ

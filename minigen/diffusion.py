@@ -35,14 +35,14 @@ Method = Literal["euler", "heun"]
 
 # %% ../nbs/10_diffusion_decoder.ipynb #6cf2876e
 def on_the_line(images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Points (B, ...) between noise, at t = 0, and images, at t = 1; t is (B,)."""
+    """Points (B, ...) at times t (B,) on the lines from noise (t=0) to images (t=1)."""
     t = t.view(-1, *[1] * (images.ndim - 1))
     return (1 - t) * noise + t * images
 
 
 def random_times(count: int, generator: torch.Generator | None = None,
                  device=None) -> Tensor:
-    """Times (count,) in (0, 1), most of them in the middle: a logit-normal.
+    """Draw times (count,) in (0, 1) from a logit-normal, so most are near the middle.
 
     Esser et al. 2024, section 3.1, with mean 0 and standard deviation 1.
     """
@@ -51,10 +51,11 @@ def random_times(count: int, generator: torch.Generator | None = None,
 # %% ../nbs/10_diffusion_decoder.ipynb #ab4309fb
 def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Tensor,
               method: Method = "heun") -> Iterator[Tensor]:
-    """Follow `velocity(x, t)` from `times[0]` to the others, yielding x at each.
+    """Integrate dx/dt = velocity(x, t) from `times[0]` on, yielding x at later times.
 
-    Times may also fall. Euler's method asks once for each step, Heun's twice, but for
-    its last step, where an Euler step ends with as little error.
+    Times (steps + 1,) may rise or fall. Euler's method evaluates the velocity once per
+    step, Heun's twice, except for the last step: that is an Euler step, whose error is
+    of the same order as that of all Heun steps together.
     """
     check_choice("method", method, get_args(Method))
     times = times.tolist()
@@ -70,22 +71,22 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Ten
 # %% ../nbs/10_diffusion_decoder.ipynb #a0d7c7fc
 @dataclass(kw_only=True)
 class DiffusionConfig(TransformerConfig):
-    """The shape of a `Diffusion` model: its network, and what it is told."""
+    """Configuration of a `Diffusion` model: its network and its conditions."""
 
     network: Literal["unet", "dit"] = "unet"
     height: int = 64  # of the images, in pixels
     width: int = 64
-    channels: int = 32  # unet: of its finest level; the others have 2 and 4 times more
+    channels: int = 32  # unet: at its finest level; 2 and 4 times as many at the others
     blocks: int = 1  # unet: residual blocks on each level, on the way down and up
     patch_size: int = 2  # side of the patches that the network sees, in pixels
-    classes: int = 0  # that one can ask for
+    classes: int = 0  # how many classes can be requested; 0: none
     class_dropout: float = 0.1  # share of labels left out in training, for guidance
-    codebook_size: int = 0  # of the tokens that it decodes; 0: of none
-    downsample: int = 8  # pixels along the side of such a token
-    token_dropout: float = 0.1  # share of images whose tokens training leaves out
-    positions: Literal["learned", "rowcol"] = "rowcol"  # dit: of its patches
-    tokenizer: str = ""  # where the tokenizer was when the model was trained
-    fingerprint: str = ""  # which one it was: to others, tokens mean other images
+    codebook_size: int = 0  # K: codes of the tokenizer to decode; 0: no decoder
+    downsample: int = 8  # side of the square of a token, in pixels
+    token_dropout: float = 0.1  # share of images whose tokens are left out in training
+    positions: Literal["learned", "rowcol"] = "rowcol"  # not used: dit is "rowcol"
+    tokenizer: str = ""  # name or path of the tokenizer used in training
+    fingerprint: str = ""  # of that tokenizer: with another, tokens mean other images
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +133,7 @@ class TimedBlock(ResidualBlock):
     def __init__(self, before: int, after: int, dim: int):
         super().__init__(before, after)
         self.modulation = nn.Linear(dim, 2 * after)
-        nn.init.zeros_(self.modulation.weight)  # at first a plain block
+        nn.init.zeros_(self.modulation.weight)  # scale and shift are 0 at first
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -143,10 +144,11 @@ class TimedBlock(ResidualBlock):
 
 # %% ../nbs/10_diffusion_decoder.ipynb #8154c461
 class UNet(nn.Module):
-    """Down two levels and up again, with shortcuts between equal levels.
+    """A U-Net of three resolutions, with shortcuts between equal ones.
 
-    `forward(x (B, in, H, W), c (B, D)) -> (B, out, H, W)`; Ronneberger et al. 2015,
-    with the conditioning of Dhariwal and Nichol 2021.
+    `forward(x (B, in, H, W), c (B, D)) -> (B, out, H, W)`, where H and W count patches
+    and are multiples of 4. Ronneberger et al. 2015, with the conditioning of Dhariwal
+    and Nichol 2021.
     """
 
     def __init__(self, config: DiffusionConfig, inputs: int, outputs: int):
@@ -190,7 +192,11 @@ class UNet(nn.Module):
 
 # %% ../nbs/10_diffusion_decoder.ipynb #9360705c
 class TimedLayer(nn.Module):
-    """A block of chapter 1, without causal mask, whose norms obey six vectors."""
+    """A block of chapter 1 without causal mask, modulated by vectors c (B, 6, D).
+
+    Attention and the MLP each have a scale, a shift and a gate. The layer adds a table
+    of its own to vectors that all layers share (Chen et al. 2024).
+    """
 
     def __init__(self, config: DiffusionConfig):
         super().__init__()
@@ -210,7 +216,7 @@ class TimedLayer(nn.Module):
 class DiT(nn.Module):
     """A transformer over the patches of an image (Peebles and Xie 2023).
 
-    `forward(x (B, in, H, W), c (B, D)) -> (B, out, H, W)`.
+    `forward(x (B, in, H, W), c (B, D)) -> (B, out, H, W)`, where H and W count patches.
     """
 
     def __init__(self, config: DiffusionConfig, inputs: int, outputs: int):
@@ -240,11 +246,15 @@ class DiT(nn.Module):
 # %% ../nbs/10_diffusion_decoder.ipynb #dd23fbc7
 def check_tokens(tokens: Tensor | None, shape: tuple[int, int, int], codes: int,
                  device: torch.device) -> Tensor:
-    """Tokens (B, h, w) of this shape, on the device; None becomes `codes`, for none."""
+    """Check tokens (B, h, w) and move them to a device; None becomes all `codes`.
+
+    Tokens are 0 to `codes` - 1, or `codes` for no token. ValueError if a token is out
+    of range or the shape is not (B, h, w) = `shape`.
+    """
     if tokens is None:
         return torch.full(shape, codes, device=device)
     if tuple(tokens.shape) != shape:
-        raise ValueError(f"expected tokens {shape} for these images, found "
+        raise ValueError(f"expected tokens of shape {shape}, found "
                          f"{tuple(tokens.shape)}")
     check_indices(tokens, codes + 1, f"tokens of this model, with {codes} for none,")
     return tokens.to(device, torch.int64)
@@ -254,8 +264,9 @@ class Velocity(nn.Module):
     """A network that predicts the velocity from noise to images.
 
     `forward(x (B, 3, H, W), t (B,), labels (B,), tokens (B, h, w)) -> (B, 3, H, W)`,
-    for images from -1 to 1. Labels are 0 to `classes` - 1, or `classes` for none;
-    tokens are 0 to K - 1, or K for none.
+    for images from -1 to 1 and times from 0 (noise) to 1 (images). Labels are 0 to
+    `classes` - 1, or `classes` for no class; tokens are 0 to K - 1, or K for no token.
+    None stands for no class or no tokens.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -274,7 +285,7 @@ class Velocity(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens that it decodes."""
+        """Rows and columns (h, w) of the grid of tokens."""
         side = self.config.downsample
         return self.config.height // side, self.config.width // side
 
@@ -292,7 +303,10 @@ class Velocity(nn.Module):
         return F.pixel_shuffle(x, config.patch_size)
 
     def spread(self, tokens: Tensor | None, batch: int) -> Tensor:
-        """A vector (8,) for each token, all over its square of pixels: (B, 8, H, W)."""
+        """Spread a vector (8,) per token over its square of pixels: (B, 8, H, W).
+
+        In training mode, a share `token_dropout` of the images loses its tokens.
+        """
         K, weight = self.config.codebook_size, self.tokens.weight
         tokens = check_tokens(tokens, (batch, *self.grid), K, weight.device)
         if self.training and self.config.token_dropout:
@@ -303,13 +317,17 @@ class Velocity(nn.Module):
 
 # %% ../nbs/10_diffusion_decoder.ipynb #2d567ba0
 class Told(Velocity):
-    """A `Velocity` that is told the same all the way, with or without guidance."""
+    """A `Velocity` whose conditions stay the same in all steps, guided or not."""
 
     def told(
         self, batch: int, labels: Tensor | None, tokens: Tensor | None,
         guidance: Guidance | None, steps: int,
     ) -> Callable[[Tensor, float], Tensor]:
-        """The velocity as a function of x (B, 3, H, W) and t, with all else given."""
+        """The velocity as a function of x (B, 3, H, W) and t from 0 to 1.
+
+        Labels (B,) and tokens (B, h, w), or None, are those of `Velocity`. With
+        guidance, the network runs on 2B images, with these conditions and without.
+        """
         weight, K = self.class_embedding.weight, self.config.codebook_size
         grid = batch, *self.grid
         labels = self.class_embedding.labels(labels, batch)
@@ -334,7 +352,7 @@ class Told(Velocity):
 
 # %% ../nbs/10_diffusion_decoder.ipynb #f4476852
 class Flow(Told):
-    """A velocity that can be followed, from noise to images or back."""
+    """A velocity that can be integrated, from noise to images or back."""
 
     @torch.inference_mode()
     def stream(
@@ -342,10 +360,11 @@ class Flow(Told):
         steps: int = 20, method: Method = "heun", guidance: Guidance | None = None,
         backward: bool = False,
     ) -> Iterator[Tensor]:
-        """Turn noise (B, 3, H, W) into images from -1 to 1, yielding after each step.
+        """Turn noise (B, 3, H, W) into images from -1 to 1, yielding x after each step.
 
-        With guidance each step asks twice, told and not told. `backward` goes from
-        images to the noise from which the same steps would draw them.
+        Labels (B,) and tokens (B, h, w) are those of `Velocity`. With guidance, the
+        network is evaluated with them and without them. If `backward`, `noise` holds
+        images, and the steps lead to the noise they would be drawn from.
         """
         if steps < 1:
             raise ValueError(f"expected at least one step, found {steps}")
@@ -353,8 +372,7 @@ class Flow(Told):
             raise ValueError("this model knows no tokens: it was trained without them")
         if guidance is not None and labels is None and tokens is None and (
                 guidance.scale != 1):
-            raise ValueError("guidance needs labels or tokens to be guided by, found "
-                             "neither")
+            raise ValueError("guidance needs labels or tokens, found neither")
         noise = noise.to(self.class_embedding.weight.device)
         velocity = self.told(len(noise), labels, tokens, guidance, steps)
         times = torch.linspace(0, 1, steps + 1)
@@ -368,16 +386,16 @@ class Flow(Told):
 
 # %% ../nbs/10_diffusion_decoder.ipynb #611c2b77
 class Diffusion(Flow, PyTorchModelHubMixin):
-    """A model that draws images, of a class or of tokens, out of noise.
+    """A model that draws images from noise, given a class, tokens, or neither.
 
-    `forward` is that of `Velocity`; `stream` shows an image in the making.
+    `forward` is that of `Velocity`; `stream` yields the images after each step.
     """
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
 
     def noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Noise (count, 3, H, W) to begin with."""
+        """Normal noise (count, 3, H, W) to start from, on the device of the weights."""
         if count < 1:
             raise ValueError(f"generate at least one image, found {count}")
         shape = count, 3, self.config.height, self.config.width
@@ -387,39 +405,45 @@ class Diffusion(Flow, PyTorchModelHubMixin):
     def generate_images(self, count: int, labels: Tensor | None = None,
                         generator: torch.Generator | None = None,
                         **options) -> Tensor:
-        """Images (count, 3, H, W) in [0, 1]; options are those of `stream`."""
+        """Draw images (count, 3, H, W) in [0, 1]; the options are those of `stream`."""
         return to_image(last(self.stream(
             self.noise(count, generator), labels, **options)))
 
     def decode(self, tokens: Tensor, generator: torch.Generator | None = None,
                **options) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] that tokens (B, h, w) may stand for."""
+        """Decode tokens (B, h, w) into images (B, 3, H, W) in [0, 1].
+
+        Other noise gives other images. The options are those of `stream`.
+        """
         noise = self.noise(len(tokens), generator)
         return to_image(last(self.stream(noise, tokens=tokens, **options)))
 
 
 def to_image(x: Tensor) -> Tensor:
-    """Values from -1 to 1, or a little beyond, as images in [0, 1]."""
+    """Map values from [-1, 1] to images in [0, 1], clamping those beyond."""
     return (x / 2 + 0.5).clamp(0, 1)
 
 # %% ../nbs/10_diffusion_decoder.ipynb #3ec2013d
 class DecodedItem(NamedTuple):
-    """An image with its tokens, or what `default_collate` makes of many."""
+    """An image with its tokens; `default_collate` makes a batched item."""
 
     image: Tensor  # (3, H, W) in [0, 1]
     tokens: Tensor  # (T,) int64, row by row
-    label: int  # the class
+    label: int  # the index of the class
 
 
 class ImagesAndCodes(Dataset):
-    """Images beside the codes that were extracted from them, plain and flipped."""
+    """Images with the codes extracted from them, as `DecodedItem`s.
+
+    A flipped variant of the codes comes with the flipped image.
+    """
 
     def __init__(self, images: Dataset, codes: CodeDataset):
         names = codes.metadata["variants"]
         if set(names) - {"plain", "flipped"} or len(images) * len(names) != len(codes):
             raise ValueError(
-                f"expected the codes of {len(images)} images as they are or flipped, "
-                f"found {len(codes)} of variants {', '.join(names)}")
+                f"expected the codes of {len(images)} images, plain or flipped, found "
+                f"{len(codes)} codes of variants {', '.join(names)}")
         self.images, self.codes, self.variants = images, codes, names
 
     def __len__(self):
@@ -434,10 +458,11 @@ class ImagesAndCodes(Dataset):
 
 def flow_loss(model: Diffusion, batch,
               generator: torch.Generator | None = None) -> Tensor:
-    """The mean squared error of the velocity, at random times and with random noise.
+    """Mean squared error of the velocity at random times (Lipman et al. 2023).
 
-    The batch has the `image` (B, 3, H, W) in [0, 1], and the `label` and `tokens` where
-    the model is told them.
+    The batch has the `image` (B, 3, H, W) in [0, 1], the `label` (B,) if the model has
+    classes, and the `tokens` (B, T) if it is a decoder. `generator` draws noise and
+    times.
     """
     check_pixels(batch.image)
     images, config = 2 * batch.image - 1, model.config

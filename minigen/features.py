@@ -22,28 +22,28 @@ MOOD_NAMES = tuple(dict.fromkeys(mood.name for mood in MOODS))
 WORDS = tuple("""mountains hills wood trees tree forest conifers broadleaf lake shore
     river path birds waterfall steps crests few two three autumn clear cloudy distant
     front below above among behind beside over""".split())
-# shipped networks: one to train with, and another one, which nothing is trained with,
-# to measure with
+# The two shipped networks: one serves as a loss, and the other only measures, so that
+# nothing is ever trained with it.
 LOSS_NETWORK, MEASURING_NETWORK = "features-cpu-plain", "features-cpu-residual"
 
 
 def mood_of(caption: str) -> int:
-    """The index in `MOOD_NAMES` of the mood that a landscape's caption names."""
+    """The index in `MOOD_NAMES` of the mood a caption names; "day" if it names none."""
     named = [name for name, phrase in SKIES.items() if phrase in caption]
     return MOOD_NAMES.index(named[0] if named else "day")
 
 # %% ../nbs/06_measuring.ipynb #06fea003
 @dataclass(kw_only=True)
 class FeatureConfig:
-    """The shape of a `FeatureNetwork`, and the names that it learns to give."""
+    """The shape of a `FeatureNetwork`, and the names that it learns to predict."""
 
-    body: Literal["plain", "residual"] = "residual"  # kind of each level's convolutions
-    widths: tuple[int, ...] = (24, 48, 64, 96)  # channels of the levels
-    dim: int = 64  # features of an image
-    size: int = 64  # side of the images it looks at; others are resized
+    body: Literal["plain", "residual"] = "residual"  # kind of the levels
+    widths: tuple[int, ...] = (24, 48, 64, 96)  # channels of each level
+    dim: int = 64  # number of features of an image
+    size: int = 64  # side of its input in pixels; other images are resized to it
     classes: tuple[str, ...] = CLASSES
     moods: tuple[str, ...] = MOOD_NAMES
-    words: tuple[str, ...] = WORDS  # of captions
+    words: tuple[str, ...] = WORDS  # of captions, each present or not
 
     def __post_init__(self):
         check_choices(self)
@@ -52,7 +52,7 @@ class FeatureConfig:
 
 
 class ResidualLevel(nn.Module):
-    """Two convolutions with batch norm beside a skip connection, at half the side."""
+    """Two convolutions with batch norm and a skip connection; both sides are halved."""
 
     def __init__(self, before: int, after: int):
         super().__init__()
@@ -68,7 +68,7 @@ class ResidualLevel(nn.Module):
 
 
 def plain_level(before: int, after: int, stride: int) -> nn.Sequential:
-    """A convolution without a norm, so that contrast is not lost."""
+    """A 3 x 3 convolution and GELU, without a norm, which would hide contrast."""
     conv = nn.Conv2d(before, after, 3, stride, padding=1)
     nn.init.kaiming_normal_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -76,9 +76,9 @@ def plain_level(before: int, after: int, stride: int) -> nn.Sequential:
 
 # %% ../nbs/06_measuring.ipynb #06fea006
 def fingerprint(network: nn.Module) -> str:
-    """A 16-digit hash of the weights: figures of two hashes cannot be compared.
+    """A 16-digit hash of the weights: never compare figures from two different hashes.
 
-    Of the values in half precision, in which networks ship.
+    The weights are hashed in half precision, in which networks ship.
     """
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
@@ -90,11 +90,11 @@ def fingerprint(network: nn.Module) -> str:
 
 # %% ../nbs/06_measuring.ipynb #06fea004
 class FeatureNetwork(nn.Module, PyTorchModelHubMixin):
-    """Names what a landscape shows; what it computes on the way are its features.
+    """A classifier of landscapes; the layer before its heads gives their features.
 
     `forward(images (B, 3, H, W) in [0, 1]) -> features (B, dim)`, each with mean 0 and
-    variance 1 over the images it was trained on. The last level is flattened and not
-    averaged, so that features also know where things are.
+    variance 1 over the images it was trained on. The last level is flattened, not
+    averaged, so that the features depend on where things are.
     """
 
     def __init__(self, config: FeatureConfig):
@@ -132,7 +132,7 @@ class FeatureNetwork(nn.Module, PyTorchModelHubMixin):
         return self.standardize(self.project(last))          # (B, dim)
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of classes (B, 9), moods (B, 8) and words (B, 30)."""
+        """Class (B, 9), mood (B, 8) and word (B, 30) logits of features (B, dim)."""
         return (self.class_head(features), self.mood_head(features),
                 self.word_head(features))
 
@@ -142,7 +142,7 @@ class FeatureNetwork(nn.Module, PyTorchModelHubMixin):
 
 # %% ../nbs/06_measuring.ipynb #06fea005
 def naming_targets(config: FeatureConfig, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """What captions say: moods (B,) int64, and which words occur (B, words) float."""
+    """Targets from captions: moods (B,) int64, words (B, 30) float, 1 where present."""
     moods = torch.tensor([mood_of(caption) for caption in captions])
     found = [[float(word in caption.split()) for word in config.words]
              for caption in captions]
@@ -150,9 +150,10 @@ def naming_targets(config: FeatureConfig, captions: list[str]) -> tuple[Tensor, 
 
 
 def naming_loss(model: FeatureNetwork, batch) -> Tensor:
-    """Cross entropy of class and mood, and of each caption word whether it occurs.
+    """Cross entropy of class and mood, plus 5 times that of a caption word's presence.
 
-    In training, half of the images are mirrored; their captions stay true.
+    A scalar in nats. Reads `batch.image` (B, 3, H, W) in [0, 1], `batch.label` (B,) and
+    `batch.caption`. In training, images are mirrored at random; captions stay true.
     """
     images = batch.image
     if model.training:
@@ -161,7 +162,7 @@ def naming_loss(model: FeatureNetwork, batch) -> Tensor:
     moods, words = (target.to(images.device)
                     for target in naming_targets(model.config, batch.caption))
     class_logits, mood_logits, word_logits = model.predict(model(images))
-    # the mean over words hides one word among many: 5 makes up for some of it
+    # the mean over 30 words makes each of them count little: 5 partly makes up for it
     return (F.cross_entropy(class_logits, batch.label)
             + F.cross_entropy(mood_logits, moods)
             + 5 * F.binary_cross_entropy_with_logits(word_logits, words))

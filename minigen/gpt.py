@@ -19,29 +19,29 @@ from .transformer import KVCache, Transformer, TransformerConfig, initialize
 # %% ../nbs/01_pixel_gpt.ipynb #aba0ba29
 @dataclass(kw_only=True)
 class GPTConfig(TransformerConfig):
-    """The shape of a `GPT`. The defaults fit 64 x 64 pixels in 12-bit colors."""
+    """Sizes and options of a `GPT`; by default for 64 x 64 pixels, 12-bit colors."""
 
-    vocab_size: int = 4096  # V: how many tokens there are to choose from
-    block_size: int = 4096  # the longest sequence that has positions
-    columns: int | None = None  # of the image, for positions "rowcol" and "rope2d"
+    vocab_size: int = 4096  # V: number of different tokens
+    block_size: int = 4096  # longest sequence that the model reads
+    columns: int | None = None  # width of the grid, for "rowcol" and "rope2d" positions
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20019
 class GPT(nn.Module, PyTorchModelHubMixin):
     """The decoder-only transformer of GPT-2, with tied embeddings, as in nanoGPT.
 
-    `forward(tokens (B, T) int64) -> logits (B, T, V)`: the logits at position t are
-    those of the token at t + 1.
+    `forward(tokens (B, T) int64) -> logits (B, T, V)`: the logits at position t
+    predict the token at t + 1.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, config.block_size, config.columns)
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)  # also the output
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)  # tied with the head
         initialize(self.tokens)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last hidden states (B, T, D) of tokens (B, T), which follow the cache."""
+        """Final hidden states (B, T, D) of tokens (B, T), which continue the cache."""
         return self.transformer(self.tokens(tokens), cache)
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -57,10 +57,12 @@ class GPT(nn.Module, PyTorchModelHubMixin):
                use_cache: bool = True) -> Iterator[Tensor]:
         """Continue `prompt` by `steps` tokens, yielding (B, T + 1) to (B, T + steps).
 
-        The prompt (B, T) int64, or a list of (T,) of different lengths, of which the
-        longest counts, is moved to the weights; the generator must be on their device.
-        Yields views of one tensor: copy what you keep. Without the cache the whole
-        sequence is read again for each token, as in nanoGPT; the tokens are the same.
+        The prompt is (B, T) int64, or a list of sequences of different lengths, the
+        longest of which has T tokens. It is moved to the device of the weights, where
+        the generator must be, too. `temperature`, `top_k` and `top_p` are explained in
+        `sample`. Yields views of one tensor: copy what you keep. Without the cache the
+        whole sequence is read again for each token, as in nanoGPT; up to rounding, the
+        tokens are the same. ValueError if the sequence would be too long.
         """
         lengths = [len(row) for row in prompt]
         if min(lengths, default=0) < 1:
@@ -83,12 +85,12 @@ class GPT(nn.Module, PyTorchModelHubMixin):
             use_cache=use_cache)
 
     def generate(self, prompt: Tensor | list[Tensor], steps: int, **options) -> Tensor:
-        """The prompt (B, T) continued: (B, T + steps). The options are `stream`'s."""
+        """Continue a prompt (B, T) to (B, T + steps); options are those of `stream`."""
         return last(self.stream(prompt, steps, **options))
 
 # %% ../nbs/01_pixel_gpt.ipynb #a1c20005
 def check_nanogpt(path, args, weights) -> None:
-    """ValueError unless the sizes in a file of nanoGPT are those of its weights."""
+    """Raise ValueError unless the sizes in a nanoGPT file agree with its weights."""
     names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     sizes = [args.get(name) for name in names] if isinstance(args, dict) else [None]
     if any(not isinstance(size, int) or size < 1 for size in sizes):
@@ -106,11 +108,11 @@ def check_nanogpt(path, args, weights) -> None:
 
 
 def read_nanogpt(path) -> GPT:
-    """A model from nanoGPT's own file: a torch file with `model` and `model_args`.
+    """The GPT in a nanoGPT checkpoint, a torch file with `model` and `model_args`.
 
-    Read with `weights_only=True`, so nothing in it is executed. Prefixes left by
-    `torch.compile` are removed. Raises ValueError if a part is missing or has another
-    shape, naming it.
+    Read with `weights_only=True`, so no code in it is executed. Prefixes left by
+    `torch.compile` are removed. ValueError names the part that is missing or has
+    another shape.
     """
     checkpoint = read_torch_file(path)
     found = sorted(checkpoint) if isinstance(checkpoint, dict) else []
@@ -133,7 +135,7 @@ def read_nanogpt(path) -> GPT:
     for name, weight in theirs.items():
         name = name.removeprefix("_orig_mod.")
         if name == "lm_head.weight" or name.endswith(".attn.bias"):
-            continue  # the tied copy of the embedding; the causal mask of old PyTorch
+            continue  # tied to the embedding; a causal mask, stored for old PyTorch
         for old, new in names.items():
             name = name.replace(old, new)
         weights[name] = weight

@@ -35,17 +35,17 @@ from minigen.transformer import (
 class ImageGPTConfig(TransformerConfig):
     """The shape of `ImageGPT`. The document gives no sizes; these are chapter 3's."""
 
-    codebook_size: int = 1024  # K: how many codes the tokenizer has
-    height: int = 8  # of the grid of tokens
-    width: int = 8
-    classes: int = 0  # that one can ask for; 0 makes the model unconditional
-    class_dropout: float = 0.1  # share of labels left out in training; LlamaGen's
-    depth: int = 6
-    heads: int = 8
-    dim: int = 512
+    codebook_size: int = 1024  # K: number of codes of the tokenizer
+    height: int = 8  # rows of the grid of tokens
+    width: int = 8  # columns of the grid of tokens
+    classes: int = 0  # number of classes; 0 makes the model unconditional
+    class_dropout: float = 0.1  # share of labels left out in training, as in LlamaGen
+    depth: int = 6  # blocks
+    heads: int = 8  # attention heads in each block
+    dim: int = 512  # width of the residual stream
     positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # of tokens
-    tokenizer: str = ""  # where the tokenizer was when the model was trained
-    fingerprint: str = ""  # which one it was: to others, tokens mean other images
+    tokenizer: str = ""  # name or path of the tokenizer during training
+    fingerprint: str = ""  # its fingerprint: other tokenizers decode tokens differently
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,9 +65,10 @@ class ImageGPTConfig(TransformerConfig):
 class ImageGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over the tokens of an image, row by row, after its class.
 
-    `forward(tokens (B, t) int64, labels (B,)) -> logits (B, t + 1, K)`: those at
-    position i are of token i, given the class and the tokens before it. Labels are
-    0 to `classes` - 1, or `classes` for no class; without labels no image has one.
+    `forward(tokens (B, t) int64, labels (B,)) -> logits (B, t + 1, K)` for t < T. The
+    logits at position i are for token i, given the class and the tokens before it.
+    Labels are 0 to `classes` - 1, or `classes` for no class, which is also what None
+    means for all images.
     """
 
     def __init__(self, config: ImageGPTConfig):
@@ -78,7 +79,7 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
             config.classes, config.dim, config.class_dropout)
         self.tokens = nn.Embedding(config.codebook_size, config.dim)
         self.transformer = Transformer(config, self.length, config.width, prefix=1)
-        # not tied to `tokens`, as in the document and in LlamaGen
+        # weights of its own, as in the document and LlamaGen, not those of `tokens`
         self.head = nn.Linear(config.dim, config.codebook_size, bias=False)
         for layer in (self.tokens, self.head):
             initialize(layer)
@@ -99,7 +100,7 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
         check_indices(tokens, config.codebook_size, "tokens of this model's tokenizer")
 
     def hidden(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The last hidden states (B, t + 1, D) at the class and at tokens (B, t)."""
+        """The last hidden states (B, t + 1, D), of the class and of tokens (B, t)."""
         self.check(tokens)
         x = self.class_embedding(labels, len(tokens))[:, None]          # (B, 1, D)
         x = torch.cat([x, self.tokens(tokens)], dim=1)                  # (B, t + 1, D)
@@ -114,13 +115,14 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
         top_k: int | None = None, top_p: float | None = None,
         generator: torch.Generator | None = None, use_cache: bool = True,
     ) -> Iterator[Tensor]:
-        """Continue tokens to those of whole images, yielding (B, t + 1), ..., (B, T).
+        """Draw the remaining tokens of images, yielding (B, t + 1), ..., (B, T) int64.
 
-        The prompt is a number of images to begin from nothing, tokens (B, t), or a
-        list of tokens (t,) of different lengths. With guidance each image is read
-        twice, with its class and without. Yields views of one tensor: copy what you
-        keep. Without the cache all tokens are read again for each new one; the result
-        is the same.
+        The prompt is a number of images to draw from nothing, tokens (B, t), or a list
+        of tokens (t,) of different lengths. Labels (B,) are as in `forward`; for
+        temperature, `top_k` and `top_p` see `sample`. Guidance reads each image twice,
+        with its class and without. Yields views of one tensor: copy what you keep.
+        Without the cache, all tokens are read again for each new one, with the same
+        result.
         """
         device, ragged = self.head.weight.device, isinstance(prompt, list) and prompt
         known = pad_sequence(prompt, batch_first=True) if ragged else prompt
@@ -145,16 +147,16 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
 
     def generate(self, prompt: int | Tensor | list[Tensor],
                  labels: Tensor | None = None, **options) -> Tensor:
-        """The tokens (B, T) of whole images; prompt and options are `stream`'s."""
+        """Draw the tokens (B, T) of whole images; prompt and options as in `stream`."""
         return last(self.stream(prompt, labels, **options))
 
     def stream_images(
         self, tokenizer: nn.Module, prompt: int | Tensor | list[Tensor],
         labels: Tensor | None = None, blank: float = 0.5, **options,
     ) -> Iterator[Tensor]:
-        """Like `generate_images`, yielding the images (B, 3, H, W) as they grow.
+        """Like `generate_images`, but yield the images (B, 3, H, W) after each token.
 
-        What belongs to tokens still to come is `blank`.
+        Pixels of tokens still to come have the value `blank`.
         """
         check_tokenizer(self, tokenizer)
         decode = decode_partly(tokenizer, self.config.height, self.config.width, blank)
@@ -168,10 +170,10 @@ class ImageGPT(nn.Module, PyTorchModelHubMixin):
         self, tokenizer: nn.Module, prompt: int | Tensor | list[Tensor],
         labels: Tensor | None = None, **options,
     ) -> Tensor:
-        """Whole images (B, 3, H, W) in [0, 1], decoded by the `VQModel` tokenizer.
+        """Draw images (B, 3, H, W) in [0, 1], decoded by the `VQModel` tokenizer.
 
-        Prompt and options are those of `stream`. A number begins from nothing; the
-        tokens of a top half are `tokenizer.encode(images[:, :, :H // 2]).flatten(1)`.
+        Prompt and options are those of `stream`. To continue the top halves of images,
+        the prompt is `tokenizer.encode(images[:, :, :H // 2]).flatten(1)`.
         """
         check_tokenizer(self, tokenizer)
         tokens = self.generate(prompt, labels, **options)
@@ -185,21 +187,22 @@ def check_tokenizer(model: ImageGPT, tokenizer: nn.Module) -> None:
     if config.codebook_size != K:
         raise ValueError(
             f"this model has {config.codebook_size} tokens, found a tokenizer with {K} "
-            f"codes: give the one on whose codes it was trained ({name})")
+            f"codes: give the tokenizer it was trained with ({name})")
     if config.fingerprint and (found := tokenizer.fingerprint()) != config.fingerprint:
         raise ValueError(
             f"this model was trained on codes of the tokenizer {config.fingerprint} "
-            f"({name}), found {found}: there its tokens mean other images")
+            f"({name}), found {found}, which decodes its tokens to other images")
 
 
 def decode_partly(tokenizer: nn.Module, height: int, width: int, blank: float = 0.5,
                   ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function from tokens (B, T) and which are known (B, T) to images (B, 3, H, W).
+    """A function from tokens (B, T), some of them known, to images (B, 3, H, W).
 
-    Squares of unknown tokens are `blank`; `height` and `width` are those of the grid.
+    Its second argument, of bools (B, T), says which are known. The squares of the
+    others get the value `blank`; `height` and `width` are those of the grid of tokens.
     """
     side = tokenizer.config.downsample
-    # the decoder needs a token at every position: those of a blank image
+    # the decoder needs a token at every position: use those of a blank image
     empty = torch.full((1, 3, height * side, width * side), blank)
     empty = tokenizer.encode(empty).flatten(1)                            # (1, T)
 

@@ -24,24 +24,24 @@ def spline(position, knots):
     """Cubic B-spline weights (len(position), knots) of points on a line of knots."""
     t = np.abs(position[:, None] - np.arange(-1, knots - 1, dtype=np.float32))
     near, far = np.maximum(1 - t, 0), np.maximum(2 - t, 0)
-    return (far * far * far - 4 * near * near * near) * 0.25           # at most 1
+    return (far * far * far - 4 * near * near * near) * 0.25    # scaled to peak at 1
 
 
 @lru_cache(maxsize=512)
 def axis(size, frequency):
-    """Weights (size, knots) from `frequency` lattice cells to the pixel centers."""
+    """Spline weights (size, knots) from `frequency` lattice cells to pixel centers."""
     position = (np.arange(size, dtype=np.float32) + 0.5) / size * frequency
     return spline(position, int(np.ceil(frequency)) + 3)
 
 
 def window(offset, *shape):
-    """A lattice of numbers in [-1, 1]: a window of one long table of random numbers."""
+    """A lattice of the given shape, in [-1, 1]: a window into the random `LATTICE`."""
     start = offset % (len(LATTICE) // 2)
     return LATTICE[start:start + math.prod(shape)].reshape(shape)
 
 
 def noise(size, offset, x, y, gain=0.5, octaves=9):
-    """Fractal noise (size, size) in about [-1, 1], from a lattice of `x` by `y` up."""
+    """Fractal noise (size, size), about in [-1, 1]; its coarsest lattice is x by y."""
     total, amplitude = 0, 1.0
     for octave in range(octaves):
         across, down = axis(size, min(x, size)), axis(size, min(y, size))
@@ -70,13 +70,15 @@ def curve(size, offset, frequency, gain=0.5):
 
 # %% ../nbs/appendix_data.ipynb #cc2d85d0
 class Mood(NamedTuple):
+    """Sky and light of a time of day or kind of weather; colors are RGB in [0, 1]."""
+
     name: str
     zenith: tuple          # sky at the top of the picture
     horizon: tuple         # sky at the horizon, and the color of haze
-    light: tuple           # what a lit surface is multiplied by
-    shade: tuple           # what a surface in shadow is multiplied by
-    clouds: tuple          # lowest and highest share of the sky that clouds take
-    haze: float            # how much of a far ridge vanishes into the horizon's color
+    light: tuple           # factors (RGB) of a lit surface, may exceed 1
+    shade: tuple           # factors (RGB) of a surface in shadow
+    clouds: tuple          # lowest and highest share of the sky under clouds
+    haze: float            # share of the horizon's color in a ridge at distance 1
     extra: str = ""        # stars, rain or snow
 
 
@@ -129,11 +131,11 @@ def mix(first, second, share):
 
 
 class Scene:
-    """An image painted from back to front, in units of its side; y points down."""
+    """An image painted back to front, in fractions of its side; y points downward."""
 
     def __init__(self, rng, size, mood):
         self.rng, self.size, self.ground = rng, size, None
-        self.words, self.phrases = [], []       # what was painted, and where it stands
+        self.words, self.phrases = [], []       # what was painted, and where
         pixels = (np.arange(size, dtype=np.float32) + 0.5) / size
         self.x, self.y = pixels[None, :], pixels[:, None]
         self.mood, self.winter = mood, mood.extra == "snow"
@@ -244,12 +246,12 @@ def paint_clouds(s, cover, bottom):
 
 # %% ../nbs/appendix_data.ipynb #caf7d7f7
 def ridge(s, base, height, frequency, gain=0.5):
-    """The outline (W,) of hills: smooth fractal noise about `base`."""
+    """The outline (W,) of hills: smooth fractal noise around `base`."""
     return base - height * curve(s.size, s.seed(), frequency, gain)
 
 
 def peaks(s, base, height, frequency):
-    """The outline (W,) of mountains: broken lines, finer and finer, with sharp tops."""
+    """The outline (W,) of mountains: a sum of finer and finer zigzags."""
     total, amplitude, offset = 0, 1.0, s.seed()
     x = s.x[0]
     while frequency <= max(s.size / 2, 8):
@@ -288,7 +290,7 @@ def octaves(size):
 
 
 def perspective(s, horizon):
-    """What layers of ground under `horizon` share: top, nearness (rows, 1), weights."""
+    """Top row, nearness (rows, 1) and two weights of ground under `horizon`, cached."""
     if s.ground is None or s.ground[0] != horizon:
         top = s.row(horizon)
         near = np.maximum(s.y[top:] - horizon, 0.25 / 64) / (1 - horizon)   # 0 is far
@@ -300,7 +302,7 @@ def perspective(s, horizon):
 
 
 def texture(s, horizon):
-    """Perspective noise (rows, W) of the ground under `horizon`; nearness (rows, 1)."""
+    """Noise (rows, W) in perspective under `horizon`, and the nearness (rows, 1)."""
     top, near, depth, strength = perspective(s, horizon)
     across = octaves(s.size)[0]
     lattice = window(s.seed(), 64, 529)[:, :across.shape[1]]
@@ -328,9 +330,9 @@ def paint_hill(s, line, distance, albedo=None):
 
 # %% ../nbs/appendix_data.ipynb #67cc6282
 def paint_treeline(s, base, height, distance, pointed, albedo=None, dense=True):
-    """Trees whose feet stand on `base` (a number or a line), `height` high at most.
+    """A row of trees standing on `base` (a number or a line (W,)), up to `height` tall.
 
-    The row is opaque down to the foot of the image: the foreground is painted over it.
+    It is opaque down to the bottom of the image: the foreground is painted over it.
     """
     albedo = s.leaves if albedo is None else albedo
     count = int(np.clip((1.7 if pointed else 2.1) / height, 5, 70))
@@ -419,7 +421,7 @@ def paint_broadleaf(s, x0, base, height, distance=0.0):
 
 # %% ../nbs/appendix_data.ipynb #cde82e2f
 def paint_lake(s, shore):
-    """Still water from `shore` down: the mirrored picture, darker and rippled."""
+    """Still water from `shore` down: the mirrored image, darker and rippled."""
     top = s.row(shore)
     ripples, down = texture(s, shore)
     rows = s.size - top
@@ -440,7 +442,7 @@ def paint_lake(s, shore):
 
 
 def winding(s, horizon, width, turns):
-    """Center (rows, 1) and half width of a band that bends toward us from `horizon`."""
+    """Top row; nearness, center, half width (rows, 1) of a band from `horizon`."""
     top = s.row(horizon)
     down = np.maximum(s.y[top:] - horizon, 1e-3) / (1 - horizon)
     far, near = s.between(.35, .65), s.between(.25, .75)
@@ -474,7 +476,7 @@ def paint_path(s, horizon, width=0.16):
 
 
 def paint_birds(s, count, span, bottom):
-    """Gliding silhouettes: two bent wings each, drawn in a box of their own."""
+    """Gliding silhouettes with two bent wings, each painted within its own box."""
     dark = s.light if s.mood.name == "night" else s.shade * 0.35 + s.zenith * .08
     for _ in range(count):
         wide = span * s.between(.55, 1.)
@@ -505,7 +507,7 @@ def paint_cliff(s, line):
 
 
 def paint_fall(s, brink, pool, center, half):
-    """Water falling in strands from `brink` to `pool`, where it is twice as wide."""
+    """Water falling in strands from `brink` to `pool`, almost doubling in width."""
     top, bottom = s.row(brink), s.row(pool) + 1
     strands = noise(s.size, s.seed(), 20, 1, gain=0.85)[top:bottom]
     down = ramp((s.y[top:bottom] - brink) / (pool - brink))
@@ -566,7 +568,7 @@ def paint_weather(s):
 
 
 def far_land(s, base, where):
-    """What stands behind most scenes: mountains, hills, a distant wood, or nothing."""
+    """The background of most scenes: mountains, hills, a distant wood, or nothing."""
     kind = s.integer(0, 4)
     if kind == 0:
         paint_mountains(s, base, s.between(.16, .30), 0.75, s.between(2, 4))
@@ -758,13 +760,13 @@ SKIES = {"overcast": "on an overcast day", "mist": "on a misty day", "dawn": "at
 
 
 class Landscape(NamedTuple):
-    """What `render` returns."""
+    """A landscape that `render` painted."""
 
     pixels: np.ndarray      # (3, size, size) uint8
     label: int              # index into CLASSES
     mood: str               # name of the mood
     words: str              # the class, then what else is seen: "birds, mountains"
-    caption: str            # a sentence: "birds over mountains at dusk"
+    caption: str            # a phrase: "birds over mountains at dusk"
 
 
 def sentence(s, name):
@@ -784,6 +786,7 @@ def sentence(s, name):
 
 # %% ../nbs/appendix_data.ipynb #32bf1e9b
 def check_size(size):
+    """Raise ValueError unless `size` is an int from SMALLEST to LARGEST."""
     whole = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
     if not whole or not SMALLEST <= size <= LARGEST:
         raise ValueError(f"size must be a whole number of pixels from {SMALLEST} to "
@@ -791,11 +794,11 @@ def check_size(size):
 
 
 def render(index, size=64, split="train", seed=0, label=None, mood=None):
-    """`Landscape` number `index` of a split.
+    """Paint `Landscape` number `index` of `split`: `size` x `size` pixels.
 
-    The same (seed, split, index) is the same scene at every size. `label` and `mood`
-    (an index into MOODS) override the ones that are drawn. ValueError for impossible
-    arguments.
+    The same (seed, split, index) gives the same scene at every size. `label` (an index
+    into CLASSES) and `mood` (an index into MOODS) override the random ones. ValueError
+    for impossible arguments.
     """
     check_size(size)
     if split not in SPLITS:

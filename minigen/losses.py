@@ -9,7 +9,7 @@ from torch import Tensor
 
 # %% ../nbs/02_training.ipynb #7c24c47e
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss some rows at a time; its gradients are made on the way forward."""
+    """The loss, a few rows at a time; the forward pass also computes the gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, weights, smoothing, rows, with_gradient):
@@ -24,10 +24,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             right = logits.gather(1, t).mean(1, keepdim=True)     # (rows, 1)
             if smoothing:
                 right = right.lerp(logits.mean(1, keepdim=True), smoothing)
-            p = logits.sub_(largest).exp_()                       # not yet summing to 1
+            p = logits.sub_(largest).exp_()                       # not yet normalized
             mass = p.sum(dim=-1, keepdim=True)                    # (rows, 1)
             total += ((mass.log() + largest - right) * w).sum()
-            if with_gradient:  # of the logits: softmax minus what is right
+            if with_gradient:  # of the logits: softmax minus target
                 share = p.new_full(t.shape, (smoothing - 1) / k)
                 error = p.div_(mass).scatter_add_(1, t, share)
                 if smoothing:
@@ -51,14 +51,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *,
                          weights: Tensor | None = None, label_smoothing: float = 0.0,
                          rows: int | None = None) -> Tensor:
-    """Mean cross entropy in nats of the logits `hidden @ weight.T`, held in pieces.
+    """Mean cross entropy, in nats, of the logits `hidden @ weight.T`, made in pieces.
 
-    `hidden` (..., D), `weight` (V, D) and `targets` (...) int64, or (..., k) for k
-    equally right tokens at a position. `weights` (...), such as a mask of positions,
-    make it a weighted mean. `label_smoothing` spreads that share of the target over all
-    tokens. The logits of `rows` positions are made at a time, together with their
-    gradients; there are no second derivatives. Softmax and sum are in float32 whatever
-    the precision around them.
+    `hidden` is (..., D), `weight` (V, D), and `targets` (...) int64, or (..., k) if k
+    tokens are equally right at each position. `weights` (...), such as a mask of
+    positions, make it a weighted mean. `label_smoothing` spreads that share of the
+    target over all tokens. Logits and gradients are computed for `rows` positions at a
+    time, by default as many as suit the device; second derivatives are not supported.
+    Softmax and sum are in float32 even under autocast. ValueError if shapes disagree.
     """
     if targets.ndim == hidden.ndim - 1:
         targets = targets[..., None]

@@ -25,10 +25,10 @@ Order = Literal["confidence", "halton", "random"]
 
 def mask_ratio(progress: Tensor, masking: Masking = "cosine",
                total: int = 256) -> Tensor:
-    """The share of `total` tokens that is masked at a progress from 0 to 1.
+    """The share of `total` tokens that is masked at each `progress` (...) in [0, 1].
 
-    It falls from 1 to 0 (Chang et al. 2022, section 3.3; "arccos" is Besnier and
-    Chen's, 2023). Only "log" depends on the total.
+    It falls from 1 to 0 (Chang et al. 2022, section 3.3; "arccos" is from Besnier and
+    Chen 2023). Only "log" depends on the total.
     """
     check_choice("masking", masking, get_args(Masking))
     r = progress
@@ -45,10 +45,10 @@ def mask_ratio(progress: Tensor, masking: Masking = "cosine",
 # %% ../nbs/07_maskgit.ipynb #a099c004
 def random_masks(batch: int, length: int, masking: Masking = "cosine",
                  device=None) -> Tensor:
-    """Masks (B, T), True where a token is hidden: each hides a share of its own.
+    """Random masks (B, T), True where a token is hidden, each with its own share.
 
-    At least one token of each is hidden. Uses the global random numbers, as training
-    does.
+    Every mask hides at least one token. Draws from the global random generator, as the
+    rest of training does.
     """
     ratio = mask_ratio(torch.rand(batch, device=device), masking, length)
     count = (length * ratio).ceil().clamp(1, length)              # (B,)
@@ -58,10 +58,10 @@ def random_masks(batch: int, length: int, masking: Masking = "cosine",
 # %% ../nbs/07_maskgit.ipynb #99ab9d2f
 @dataclass(kw_only=True)
 class MaskGITConfig(ImageGPTConfig):
-    """The shape of `MaskGIT`, which is that of an `ImageGPT`, and how it is trained."""
+    """The shape of a `MaskGIT`, that of an `ImageGPT`, and how the model is trained."""
 
-    masking: Masking = "cosine"  # how many tokens are hidden, in training and drawing
-    label_smoothing: float = 0.1  # in training, as published
+    masking: Masking = "cosine"  # schedule of hidden tokens, in training and sampling
+    label_smoothing: float = 0.1  # in training; the published value
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,7 +72,7 @@ class MaskGITConfig(ImageGPTConfig):
 # %% ../nbs/07_maskgit.ipynb #b3769a1b
 def still_masked(total: int, before: int, step: int, steps: int,
                  masking: Masking = "cosine") -> int:
-    """How many tokens of an image stay masked after a step, counted from 1.
+    """How many tokens of an image are still masked after a step, counted from 1.
 
     `min(before - 1, floor(total * mask_ratio(step / steps)))`, never below 0, and 0
     after the last step; `total` were masked at first, and `before` before this step.
@@ -81,17 +81,18 @@ def still_masked(total: int, before: int, step: int, steps: int,
         return 0
     progress = torch.tensor(step / steps, dtype=torch.float64)
     count = total * mask_ratio(progress, masking, total).item()
-    return max(0, min(before - 1, math.floor(count + 1e-9)))  # 12 * (1 - 11/12) < 1
+    # 1e-9, because rounding makes 12 * (1 - 11/12) smaller than 1
+    return max(0, min(before - 1, math.floor(count + 1e-9)))
 
 # %% ../nbs/07_maskgit.ipynb #ef771035
 def halton_order(height: int, width: int) -> Tensor:
-    """Positions of a grid (T,) in the order in which a Halton sequence visits them.
+    """The positions (T,) of a grid in the order in which a Halton sequence visits them.
 
     Rows follow the sequence in base 2 and columns that in base 3 (Besnier et al. 2025,
     section 3).
     """
 
-    def radical_inverse(n: int, base: int) -> float:  # the digits behind the point
+    def radical_inverse(n: int, base: int) -> float:  # n's digits mirrored at the point
         value, digit = 0.0, 1.0
         while n:
             n, rest = divmod(n, base)
@@ -99,7 +100,7 @@ def halton_order(height: int, width: int) -> Tensor:
             value += digit * rest
         return value
 
-    order, n = {}, 0  # a dict keeps the first visit of each position
+    order, n = {}, 0  # a dict orders positions by their first visit
     while len(order) < height * width:
         row, column = (int(side * radical_inverse(n, base))
                        for side, base in ((height, 2), (width, 3)))
@@ -113,7 +114,8 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
     `forward(tokens (B, T) int64, labels (B,)) -> logits (B, T, K)`. Tokens are 0 to
     K - 1, or `mask_token` = K; the logits have no entry for the mask. Labels are 0 to
-    `classes` - 1, or `classes` for no class; without labels no image has one.
+    `classes` - 1, or `classes` for no class, which is also what None means for all
+    images.
     """
 
     def __init__(self, config: MaskGITConfig):
@@ -158,9 +160,9 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
         return self.head(self.hidden(tokens, labels))                 # (B, T, K)
 
     def start(self, prompt: int | Tensor) -> Tensor:
-        """Tokens (B, T) to begin with, from a number of images or tokens (B, t <= T).
+        """Tokens (B, T) to start from, for a number of images or tokens (B, t <= T).
 
-        What is missing behind the given tokens is masked.
+        Positions after the given tokens are masked.
         """
         if isinstance(prompt, int):
             if prompt < 1:
@@ -182,14 +184,16 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
         top_k: int | None = None, top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Fill the masked tokens in `steps`, yielding the tokens (B, T) after each.
+        """Fill in the masked tokens, yielding the tokens (B, T) after each of `steps`.
 
-        The prompt is a number of images, or tokens of which some are masked. Known
-        tokens stay. With the order "confidence", the tokens kept in a step are those of
-        the largest log probability, plus `noise` times Gumbel noise that fades; the
-        other orders fix their positions in advance. Guidance counts steps in place of
-        positions, and reads each image twice. Ends early if nothing is masked any more.
-        Yields one tensor again and again: copy what you keep.
+        The prompt is a number of images to draw from nothing, or tokens (B, t <= T), of
+        which some may be `mask_token`. Known tokens stay. With the order "confidence",
+        a step fixes the tokens with the largest log probability plus `noise` times
+        Gumbel noise, which fades to nothing; "halton" and "random" fix the positions in
+        advance and ignore `noise`. `masking` is by default that of the config. The
+        schedule of the guidance runs over steps in place of positions; guidance reads
+        each image twice. Ends early if nothing is masked anymore. Yields the same
+        tensor each time: copy what you keep.
         """
         if steps < 1 or noise < 0:
             raise ValueError("expected at least one step, and noise of at least 0, "
@@ -199,7 +203,7 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
         rows, guidance = self.class_embedding.guided(labels, len(canvas), guidance)
         masked = canvas == self.mask_token                            # (B, T)
         total = left = (masked.sum(dim=1).tolist() if isinstance(prompt, Tensor)
-                        else [self.length] * prompt)  # of each image
+                        else [self.length] * prompt)  # for each image
         confidence = self.fixed_order(order, canvas, generator)       # (B, T)
         was_training = self.training
         self.eval()
@@ -234,9 +238,9 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
             self.train(was_training)
 
     def logits_at(self, positions: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Logits (B, n, K) of tokens (B, T) at positions (B, n), and at no others.
+        """Logits (B, n, K) for tokens (B, T), computed only at positions (B, n).
 
-        Twice as many labels make two rows of each image.
+        With labels (2B,), as for guidance, each image is read twice: (2B, n, K).
         """
         times = len(labels) // len(tokens)
         hidden = self.hidden(tokens.repeat(times, 1), labels)         # (B or 2B, T, D)
@@ -245,7 +249,10 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
     def fixed_order(self, order: str, canvas: Tensor,
                     generator: torch.Generator | None) -> Tensor:
-        """A number (B, T) for each position; what has the larger one comes earlier."""
+        """A priority (B, T) for each position: larger ones come first.
+
+        All are 0 for the order "confidence", which sets them step by step.
+        """
         value = torch.zeros(canvas.shape, device=canvas.device)
         if order == "random":
             value.uniform_(generator=generator)
@@ -255,15 +262,15 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
     def generate(self, prompt: int | Tensor, labels: Tensor | None = None,
                  **options) -> Tensor:
-        """The tokens (B, T) of whole images; prompt and options are `stream`'s."""
+        """Draw the tokens (B, T) of whole images; prompt and options as in `stream`."""
         return last(self.stream(prompt, labels, **options))
 
     def stream_images(self, tokenizer: nn.Module, prompt: int | Tensor,
                       labels: Tensor | None = None, blank: float = 0.5,
                       **options) -> Iterator[Tensor]:
-        """Like `generate_images`, yielding the images (B, 3, H, W) after each step.
+        """Like `generate_images`, but yield the images (B, 3, H, W) after each step.
 
-        What belongs to masked tokens is `blank`.
+        Pixels of masked tokens have the value `blank`.
         """
         check_tokenizer(self, tokenizer)
         decode = decode_partly(tokenizer, self.config.height, self.config.width, blank)
@@ -272,7 +279,7 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
     def generate_images(self, tokenizer: nn.Module, prompt: int | Tensor,
                         labels: Tensor | None = None, **options) -> Tensor:
-        """Whole images (B, 3, H, W) in [0, 1], decoded by the `VQModel` tokenizer.
+        """Draw images (B, 3, H, W) in [0, 1], decoded by the `VQModel` tokenizer.
 
         Prompt and options are those of `stream`.
         """
@@ -282,10 +289,10 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
     def edit_images(self, tokenizer: nn.Module, images: Tensor, mask: Tensor,
                     labels: Tensor | None = None, **options) -> Tensor:
-        """Images (B, 3, H, W) with new content where `mask` is True.
+        """Images (B, 3, H, W) in [0, 1] with new content where `mask` is True.
 
-        The mask is (H, W) or (B, H, W), of bools. Each token whose square it touches is
-        drawn anew; pixels outside of the mask stay as they are. Options are `stream`'s.
+        The mask has bools (H, W) or (B, H, W). Every token whose square it touches is
+        drawn anew; pixels outside the mask stay as they are. Options as in `stream`.
         """
         check_tokenizer(self, tokenizer)
         side, (B, _, *size) = tokenizer.config.downsample, images.shape
@@ -299,7 +306,8 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
         mask = mask.expand(B, -1, -1)[:, None].to(images.device)      # (B, 1, H, W)
         known = (~mask).to(images)
         mean = (images * known).sum((2, 3), True) / known.sum((2, 3), True).clamp(min=1)
-        erased = torch.where(mask, mean, images)  # or the tokens around it would know
+        # otherwise the tokens around the mask would tell what it hides
+        erased = torch.where(mask, mean, images)
         touched = F.max_pool2d(mask.float(), side).flatten(1) > 0     # (B, T)
         tokens = tokenizer.encode(erased).flatten(1)
         tokens = tokens.masked_fill(touched.to(tokens.device), self.mask_token)
@@ -308,13 +316,13 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
 
 # %% ../nbs/07_maskgit.ipynb #55537c05
 def surest(confidence: Tensor, masked: Tensor) -> Tensor:
-    """Positions (B, T) of masked tokens by falling confidence, then the other ones."""
+    """Positions (B, T): masked tokens by falling confidence, then the known ones."""
     confidence = confidence.masked_fill(~masked, -torch.inf)
     return confidence.argsort(dim=1, descending=True, stable=True)
 
 
 def first(order: Tensor, counts: list[int]) -> Tensor:
-    """Where (B, T) the first positions of an order (B, T) are, so many in each row."""
+    """True (B, T) at the first `counts[b]` positions of row b of an order (B, T)."""
     rank = order.argsort(dim=1)
     if len(set(counts)) == 1:
         return rank < counts[0]
@@ -322,7 +330,7 @@ def first(order: Tensor, counts: list[int]) -> Tensor:
 
 # %% ../nbs/07_maskgit.ipynb #965075e6
 def masked_token_loss(model: MaskGIT, batch) -> Tensor:
-    """Mean cross entropy in nats of masked tokens, given the class and the known ones.
+    """Mean cross entropy in nats of masked tokens, given the class and known tokens.
 
     The batch has the `tokens` (B, T) of whole images, and the `label` (B,) of each.
     Labels are smoothed in training only (Chang et al. 2022, section 4.1).

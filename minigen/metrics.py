@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 # %% ../nbs/06_measuring.ipynb #06ae0010
 def bits_per_token(nats: float) -> float:
-    """A cross entropy per token, such as a validation loss, from nats to bits."""
+    """From nats to bits: a cross entropy per token, such as a validation loss."""
     return nats / math.log(2)
 
 
 def bits_per_dimension(nats_per_image: float, shape: tuple[int, ...]) -> float:
-    """Bits for each of the C * H * W values of an image, from the nats of all of it.
+    """Bits per value of an image of `shape` (C, H, W), from its total in nats.
 
     Only likelihoods of the same values can be compared: 8-bit pixels with 8-bit pixels,
     never with reduced colors or with tokens (Theis et al. 2016, section 3.1).
@@ -54,7 +54,10 @@ class Statistics(NamedTuple):
 
 
 def check_features(features: Tensor, least: int = 2) -> Tensor:
-    """Features (N, d) in float64; ValueError unless finite and of `least` images."""
+    """Features (N, d) in float64 on the CPU.
+
+    ValueError unless they are finite and N is at least `least`.
+    """
     if features.ndim != 2:
         raise ValueError("expected features of shape (N, d), found "
                          f"{tuple(features.shape)}")
@@ -62,12 +65,13 @@ def check_features(features: Tensor, least: int = 2) -> Tensor:
         raise ValueError(f"N = {len(features)} images are too few: give at least "
                          f"{least}")
     if not features.isfinite().all():
-        raise ValueError("some features are not finite: were the images?")
+        raise ValueError("some features are not finite: check the images and the "
+                         "network")
     return features.detach().cpu().double()
 
 
 def check_pair(a: Tensor, b: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both as `check_features` returns them; ValueError unless d is the same."""
+    """Both as `check_features` returns them; ValueError unless both have the same d."""
     a, b = check_features(a, least), check_features(b, least)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"expected the same features of both, found {a.shape[1]} and "
@@ -94,11 +98,11 @@ def matrix_sqrt(cov: Tensor) -> Tensor:
 
 def frechet_distance(features: Tensor | Statistics,
                      reference: Tensor | Statistics) -> float:
-    """The Frechet distance of two Gaussians fitted to features (N, d) and (M, d).
+    """The Frechet distance between Gaussians fitted to features (N, d) and (M, d).
 
-    At least 0, in squared units of the features (Heusel et al. 2017, eq. 6). It grows
-    as N or M gets smaller, by about 1/N + 1/M, so only figures of the same N and M can
-    be compared. ValueError unless N and M are above d.
+    Squared, as in FID (Heusel et al. 2017, eq. 6), so in squared units of the features,
+    and at least 0. Its bias is about proportional to 1/N + 1/M, so compare only figures
+    with the same N and M. ValueError unless N and M are above d.
     """
     a, b = (x if isinstance(x, Statistics) else statistics(x)
             for x in (features, reference))
@@ -106,7 +110,7 @@ def frechet_distance(features: Tensor | Statistics,
         raise ValueError(f"expected the same features of both, found {len(a.mean)} and "
                          f"{len(b.mean)}: use one extractor")
     root = matrix_sqrt(a.cov)
-    # S1 S2 has the eigenvalues of this product, which is symmetric
+    # this product has the eigenvalues of S1 S2, and is symmetric
     values = torch.linalg.eigvalsh(root @ b.cov @ root).clamp_min(0)
     means = (a.mean - b.mean).square().sum()
     spreads = a.cov.trace() + b.cov.trace() - 2 * values.sqrt().sum()
@@ -121,12 +125,12 @@ def kernel_sum(x: Tensor, y: Tensor) -> Tensor:
 
 def kernel_distance(features: Tensor, reference: Tensor, subset_size: int | None = None,
                     subsets: int = 100, seed: int = 0) -> float:
-    """The squared maximum mean discrepancy of features (N, d) and (M, d).
+    """The squared maximum mean discrepancy between features (N, d) and (M, d).
 
-    The unbiased estimate with the cubic kernel (Binkowski et al. 2018, section 4): its
-    mean does not depend on N, so it can be below 0 for images as good as real ones. By
-    default of all images; with `subset_size`, as published, the mean over `subsets`
-    pairs of random subsets.
+    This is the unbiased estimate with the cubic kernel (Binkowski et al. 2018, section
+    4): its mean does not depend on N and M, and it can fall below 0 for images as good
+    as real ones. By default it uses all images; with `subset_size`, as published, it is
+    the mean over `subsets` pairs of random subsets.
     """
     x, y = check_pair(features, reference)
     if subset_size is not None:
@@ -139,19 +143,22 @@ def kernel_distance(features: Tensor, reference: Tensor, subset_size: int | None
         return sum(kernel_distance(*pair) for pair in pairs) / subsets
     n, m = len(x), len(y)
     own, theirs = ((z.square().mean(dim=1) + 1).pow(3).sum() for z in (x, y))
-    return ((kernel_sum(x, x) - own) / (n * (n - 1))  # without each image with itself
+    return ((kernel_sum(x, x) - own) / (n * (n - 1))  # no image paired with itself
             + (kernel_sum(y, y) - theirs) / (m * (m - 1))
             - 2 * kernel_sum(x, y) / (n * m)).item()
 
 # %% ../nbs/06_measuring.ipynb #06ae0013
 def neighbor_radius(x: Tensor, k: int) -> Tensor:
     """The distance (N,) of each row of (N, d) to its k-th nearest other row."""
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values  # 1: the row itself
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values  # + 1: the row itself
                       for part in x.split(1000)])
 
 
 def covered(points: Tensor, centers: Tensor, radius: Tensor) -> float:
-    """The share of points (N, d) inside at least one ball about centers (M, d)."""
+    """The share of points (N, d) in at least one ball of `radius` (M,) around a center.
+
+    `centers` is (M, d).
+    """
     inside = [(torch.cdist(part, centers) <= radius).any(dim=1)
               for part in points.split(1000)]
     return torch.cat(inside).double().mean().item()
@@ -159,12 +166,13 @@ def covered(points: Tensor, centers: Tensor, radius: Tensor) -> float:
 
 def precision_recall(features: Tensor, reference: Tensor,
                      k: int = 3) -> tuple[float, float]:
-    """How many images look real, and how much of the real variety they reach.
+    """Precision (do images look real?) and recall (do they cover the real variety?).
 
-    Each set's region is the union of balls about its features (N, d) or (M, d), each
-    reaching to the k-th nearest of its own set. Precision is the share of the images in
-    the region of the real ones, recall the reverse; both in [0, 1] (Kynkaanniemi et al.
-    2019, eq. 1 and 2). ValueError unless there are more than k images of both.
+    A set's region is the union of balls around its features, (N, d) or (M, d), each
+    reaching to the k-th nearest neighbor in the same set. Precision is the share of
+    images in the region of the real ones, recall the share of real images in the region
+    of the others; both are in [0, 1] (Kynkaanniemi et al. 2019, eq. 1 and 2).
+    ValueError unless N and M are above k.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, found {k}")
@@ -194,7 +202,11 @@ from minigen.features import (
 
 # %% ../nbs/06_measuring.ipynb #06ae0014
 def check_images(images: Tensor | list[Tensor]) -> Tensor:
-    """Images as float (N, 3, H, W) in [0, 1], or ValueError in one sentence."""
+    """Images as floats (N, 3, H, W) in [0, 1]; ValueError says what is wrong.
+
+    Also takes a list of images (3, H, W) of one size, and uint8 values, which are
+    divided by 255.
+    """
     if isinstance(images, (list, tuple)):
         shapes = sorted({tuple(image.shape) for image in images})
         if len(shapes) != 1:
@@ -216,12 +228,12 @@ def check_images(images: Tensor | list[Tensor]) -> Tensor:
 
 
 def in_batches(images: Iterable[Tensor] | Tensor, size: int = 250) -> Iterable[Tensor]:
-    """The parts of one tensor, or the batches that are given."""
+    """Split a tensor into batches of `size`; return batches as they are."""
     return images.split(size) if isinstance(images, Tensor) else images
 
 # %% ../nbs/06_measuring.ipynb #06ae0030
 class Extractor(nn.Module):
-    """A frozen network that turns images into features; a figure names it and its hash.
+    """A frozen network that turns images into features, with a name and a hash.
 
     `forward(images (B, 3, H, W) in [0, 1]) -> features (B, d)` in float32 on the CPU,
     64 images at a time on the network's device, without gradients.
@@ -248,12 +260,13 @@ class Extractor(nn.Module):
 
 # %% ../nbs/06_measuring.ipynb #06ae0031
 def load_extractor(source: str | Path | nn.Module = "landscapes") -> Extractor:
-    """A feature extractor by name, by checkpoint, or from a module.
+    """Load a feature extractor by name or checkpoint, or make one from a module.
 
-    "landscapes" measures and trains nothing; "landscapes-loss" is the one that losses
-    use, to compare with; "inception" (2048 features, for FID and KID) and "dinov2"
-    (ViT-L/14, 1024 features) are downloaded when asked for. A module must map images
-    (B, 3, H, W) in [0, 1] to (B, d). OSError says what is missing where.
+    "landscapes" is the network that only measures; "landscapes-loss" is the one that
+    losses use, for comparison; "inception" (2048 features, for FID and KID) and
+    "dinov2" (ViT-L/14, 1024 features) are downloaded on first use. A module must map
+    images (B, 3, H, W) in [0, 1] to features (B, d). OSError says which file is missing
+    and where to put it.
     """
     if isinstance(source, Extractor):
         return source
@@ -267,7 +280,7 @@ def load_extractor(source: str | Path | nn.Module = "landscapes") -> Extractor:
 
 # %% ../nbs/06_measuring.ipynb #06ae0032
 class EightBit(nn.Module):
-    """A network of torch-fidelity, which takes 8-bit images, for images in [0, 1]."""
+    """Feeds images in [0, 1] to a torch-fidelity network, which takes 8-bit ones."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -314,23 +327,23 @@ def accuracy(head: nn.Module, features: Tensor, targets: Tensor) -> float:
 
 
 def class_accuracy(network: FeatureNetwork, features: Tensor, labels: Tensor) -> float:
-    """The share of images (features (N, d)) whose class the network finds as asked for.
+    """The share of images, by their features (N, d), that are classified as `labels`.
 
-    Labels (N,) int64 are indexes of `network.config.classes`.
+    Labels (N,) int64 are indices into `network.config.classes`.
     """
     return accuracy(network.class_head, features, labels)
 
 
 def mood_accuracy(network: FeatureNetwork, features: Tensor, moods: Tensor) -> float:
-    """The same of moods (N,) int64, indexes of `network.config.moods`."""
+    """The same for moods (N,) int64, indices into `network.config.moods`."""
     return accuracy(network.mood_head, features, moods)
 
 # %% ../nbs/06_measuring.ipynb #06ae0017
 def diversity(features: Tensor, labels: Tensor | None = None) -> float:
-    """The mean distance between the features (N, d) of two images.
+    """The mean Euclidean distance between the features (N, d) of two different images.
 
-    With labels (N,), of two images of the same class. 0 if all are alike; compare it
-    with that of real images. ValueError if no two images have the same class.
+    With labels (N,), only pairs of the same class count. It is 0 if all images are
+    alike; compare it with that of real images. ValueError if there is no pair.
     """
     x = check_features(features)
     labels = torch.zeros(len(x)) if labels is None else labels
@@ -341,23 +354,23 @@ def diversity(features: Tensor, labels: Tensor | None = None) -> float:
         pairs += same.sum().item()
     if pairs == len(x):
         raise ValueError("no two images have the same class: give more images")
-    return total / (pairs - len(x))  # an image is no pair with itself
+    return total / (pairs - len(x))  # no image is paired with itself
 
 
 def nearest_neighbors(images: Tensor, training: Iterable[Tensor] | Tensor,
                       ) -> tuple[Tensor, Tensor]:
-    """The distance (N,) of each image to the nearest training image, and its index.
+    """Distances (N,) to the nearest training images, and the indices (N,) of these.
 
-    Images (N, 3, H, W) or features (N, d) of both; `training` may come in batches. The
-    distance is the root mean square of the differences. Near 0 it is a copy; the same
-    of validation images says what is usual without copying.
+    Both sets are images (N, 3, H, W) or features (N, d); `training` may come in
+    batches. The distance is the root mean square of the differences. A value near 0
+    means a copy; validation images show what is usual without copying.
     """
     x = images.detach().cpu().flatten(1).float()
     found, index, start = torch.full((len(x),), math.inf), torch.zeros(len(x)).long(), 0
     for batch in in_batches(training):
         y = batch.detach().cpu().flatten(1).float()
         if y.shape[1] != x.shape[1]:
-            raise ValueError(f"expected training images like the others, of "
+            raise ValueError(f"expected training images of the same size, "
                              f"{x.shape[1]} values, found {y.shape[1]}")
         nearest = torch.cdist(x, y).min(dim=1)
         closer = nearest.values < found
@@ -368,11 +381,12 @@ def nearest_neighbors(images: Tensor, training: Iterable[Tensor] | Tensor,
 
 # %% ../nbs/06_measuring.ipynb #58f93a3a
 def inception_score(logits: Tensor, splits: int = 10) -> float:
-    """How sure a classifier is of each image, and how varied its answers are.
+    """The Inception score of logits (N, K), from 1 to K; higher is better.
 
-    From logits (N, K), N >= `splits`: the exponential of the mean divergence of an
-    image's class probabilities from those of all, so 1 to K; the mean over `splits`
-    parts of the images (Salimans et al. 2016, section 4).
+    It is high if each image is recognized with certainty and all classes occur: the
+    exponential of the mean KL divergence of an image's class probabilities from those
+    of all images, averaged over `splits` parts (Salimans et al. 2016, section 4).
+    ValueError unless N >= `splits`.
     """
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise ValueError(f"expected logits (N, K) of at least {splits} images, found "
@@ -387,10 +401,10 @@ def inception_score(logits: Tensor, splits: int = 10) -> float:
 
 # %% ../nbs/06_measuring.ipynb #06ae0018
 def pixel_statistics(images: Tensor) -> Tensor:
-    """What the two measures below need of each image (B, 3, H, W): (B, 7) float64.
+    """Seven numbers per image (B, 3, H, W), for the measures below: (B, 7) float64.
 
-    Products of neighbors along rows and along columns with the squares of both, after
-    the mean color is subtracted, and the energy of fine detail.
+    Means of ab, a^2 and b^2 over neighbors a, b along rows, then over those along
+    columns, all after the mean color is subtracted; and the energy of fine detail.
     """
     if len(images) > 32:  # small enough for the processor's cache
         return torch.cat([pixel_statistics(part) for part in images.split(32)])
@@ -402,7 +416,10 @@ def pixel_statistics(images: Tensor) -> Tensor:
 
 
 def row_excess(statistics: Tensor) -> float:
-    """Correlation of neighbors along rows minus that along columns, of (N, 7)."""
+    """Correlation of neighbors along rows minus that along columns.
+
+    `statistics` (N, 7) are those of `pixel_statistics`, averaged over the images.
+    """
     ab, aa, bb, cd, cc, dd = statistics.mean(dim=0)[:6]
     along_rows, along_columns = (ab / (aa * bb).sqrt().clamp_min(1e-12),
                                  cd / (cc * dd).sqrt().clamp_min(1e-12))
@@ -410,21 +427,21 @@ def row_excess(statistics: Tensor) -> float:
 
 
 def horizontal_bias(images: Tensor, reference: Tensor) -> float:
-    """How much more images stick together along rows than real ones; 0 is as real.
+    """How much more neighbors agree along rows than in real images; 0 is ideal.
 
-    The correlation of neighbors along rows minus that along columns, of images
-    (N, 3, H, W), less the same of the reference. A model that forgets the row above
-    paints streaks, and is far above 0.
+    The correlation of neighbors along rows minus that along columns, for images
+    (N, 3, H, W), minus the same for the reference. A model that forgets the row above
+    paints streaks, and gets far more than 0.
     """
     return (row_excess(pixel_statistics(images))
             - row_excess(pixel_statistics(reference)))
 
 
 def fine_detail(images: Tensor, originals: Tensor) -> float:
-    """The share of fine detail: 1 is as much as in the originals, 0 none at all.
+    """Fine detail relative to that of the originals: 1 is as much, 0 is none.
 
-    The energy of an image minus its Gaussian blur (sigma 1), a mean over all images
-    (N, 3, H, W), divided by that of the originals. Noise counts as detail, too.
+    The mean energy of images (N, 3, H, W) minus their Gaussian blur (sigma 1 pixel),
+    divided by that of the originals. Noise counts as detail, too.
     """
     ours, real = (pixel_statistics(x)[:, 6].mean() for x in (images, originals))
     return (ours / real.clamp_min(1e-12)).item()
@@ -432,14 +449,15 @@ def fine_detail(images: Tensor, originals: Tensor) -> float:
 # %% ../nbs/06_measuring.ipynb #06ae0002
 def count_flops(model: nn.Module, loss: Callable[[nn.Module, object], Tensor],
                 batch) -> int:
-    """Floating-point operations of one training step on `batch`, there and back.
+    """Floating-point operations of one training step on `batch`, forward and backward.
 
     Counts what `torch.utils.flop_counter` counts: matrix products, convolutions and
-    attention, a multiplication and an addition as two. Attention counts in full, also
-    where a causal mask halves it. The model and the random state stay as they are.
+    attention, with a multiplication and an addition as two operations. Attention counts
+    in full, even where a causal mask halves it. The model and the random state stay as
+    they are.
     """
     model = deepcopy(model).train()
-    # torch leaves out the product that is added in place, as of our cross entropy
+    # torch does not count addmm_, the in-place product that our cross entropy uses
     in_place = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * math.prod(a) * b[1]}
     with (torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH),
           FlopCounterMode(display=False, custom_mapping=in_place) as counter):
@@ -449,20 +467,20 @@ def count_flops(model: nn.Module, loss: Callable[[nn.Module, object], Tensor],
 # %% ../nbs/06_measuring.ipynb #06ae0040
 @dataclass
 class ImageSource:
-    """Images of one size, read in batches (b, 3, H, W) whenever it is iterated.
+    """Images of one size, read in batches (b, 3, size, size) whenever it is iterated.
 
-    Each has the 8-bit values of a file: the same picture gives the same figures from a
-    folder, an array or a tensor.
+    Values are in [0, 1], rounded to 8 bits, so that the same picture gives the same
+    figures whether it comes from a folder, an array or a tensor.
     """
 
-    name: str  # what it is called in a report
-    count: int  # N: how many images
-    size: int  # H: pixels in a column
-    batches: Callable[[], Iterator[Tensor]]
-    split: str = "all"
-    labels: Tensor | None = None  # (N,) index into `classes`
-    moods: Tensor | None = None  # (N,) index into MOOD_NAMES
-    classes: tuple[str, ...] = ()
+    name: str  # its name in a report
+    count: int  # N: number of images
+    size: int  # side of the images in pixels
+    batches: Callable[[], Iterator[Tensor]]  # starts a pass over the images
+    split: str = "all"  # of the data set
+    labels: Tensor | None = None  # (N,) indices into `classes`
+    moods: Tensor | None = None  # (N,) indices into MOOD_NAMES
+    classes: tuple[str, ...] = ()  # names, by label
 
     def __len__(self) -> int:
         return self.count
@@ -477,10 +495,12 @@ def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = N
     """Images from a folder, an .npz file, a tensor, or a data set by name.
 
     A name may have a split: "landscapes:val" (the default), "cifar10:test". A file has
-    an array `arr_0` (N, H, W, 3) uint8, as ADM writes it. `limit` takes the first so
-    many. Of images of another size than `size` (by default that of the first one) the
-    central square is resized by Pillow's bicubic filter, in 8 bits. ValueError or
-    FileNotFoundError says in a sentence what is wrong.
+    an array `arr_0` (N, H, W, 3) uint8, as ADM writes it. At most `limit` images
+    are read: the first ones, or those that `load_dataset` chooses from a data set.
+    `size` is their side in pixels, by default that of the first image, and for data
+    sets 64, or 32 for cifar10. Images of another size are cropped to the central square
+    and resized by Pillow's bicubic filter, in 8 bits. An `ImageSource` comes back as it
+    is. ValueError or FileNotFoundError says what is wrong.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"expected a limit of at least 1 image, found {limit}")
@@ -502,7 +522,7 @@ def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = N
 
 # %% ../nbs/06_measuring.ipynb #06ae0042
 def tensor_source(images: Tensor, size: int | None) -> ImageSource:
-    """Images (N, 3, H, W) in [0, 1]."""
+    """A source of images (N, 3, H, W) in [0, 1]; see `read_images`."""
     size = size or images.shape[2]
 
     def batches() -> Iterator[Tensor]:
@@ -523,7 +543,7 @@ def squares(pixels: np.ndarray, size: int) -> Tensor:
 
 
 def dataset_batches(items: ImageDataset) -> Iterator[Tensor]:
-    """The images of a data set in batches."""
+    """Yield the images of a data set in batches (b, 3, H, W) of up to 250."""
     for start in range(0, len(items), 250):
         chosen = range(start, min(start + 250, len(items)))
         yield torch.stack([items[n].image for n in chosen])
@@ -531,7 +551,7 @@ def dataset_batches(items: ImageDataset) -> Iterator[Tensor]:
 
 def data_source(name: str, split: str, size: int | None,
                 limit: int | None) -> ImageSource:
-    """A data set by name; landscapes are the first ones of their split."""
+    """A data set by name; `load_dataset` chooses at most `limit` of its images."""
     size = size or (32 if name == "cifar10" else 64)
     items = load_dataset(name, size, split, limit)
     if hasattr(items, "labels"):  # landscapes
@@ -545,7 +565,7 @@ def data_source(name: str, split: str, size: int | None,
 
 
 def folder_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
-    """All images under a folder, sorted by name; the folders inside are classes."""
+    """Up to `limit` images under a folder, sorted by name; subfolders are classes."""
     records, classes = records_of_one_split(path)
     if size is None:
         try:
@@ -560,7 +580,7 @@ def folder_source(path: Path, size: int | None, limit: int | None) -> ImageSourc
 
 
 def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
-    """The array `arr_0` of a file, read a part at a time; nothing is unpickled."""
+    """The images in `arr_0` of an .npz file, read in batches; nothing is unpickled."""
     def opened(archive: zipfile.ZipFile) -> tuple[io.BufferedIOBase, tuple, np.dtype]:
         file = archive.open("arr_0.npy")
         version = np.lib.format.read_magic(file)
@@ -599,40 +619,40 @@ def npz_source(path: Path, size: int | None, limit: int | None) -> ImageSource:
     return ImageSource(str(path), count, size, batches)
 
 # %% ../nbs/06_measuring.ipynb #06ae0050
-MOST = 10_000  # images of which the figures that compare all pairs are computed
+MOST = 10_000  # at most this many images for figures that compare all pairs
 
 
 class Figure(NamedTuple):
     """One measured number, with everything that it depends on."""
 
     value: float
-    floor: float | None  # the same of real images: what a perfect model would get
+    floor: float | None  # the same for real images: what a perfect model would get
     spread: float | None  # standard error of the value, from disjoint subsets
-    N: int  # images
-    M: int  # reference images
-    floor_N: int | None  # real images that gave the floor
-    floor_images: str | None  # where these are from
-    reference: str
-    split: str
-    extractor: str
-    hash: str
+    N: int  # number of images
+    M: int  # number of reference images
+    floor_N: int | None  # number of real images behind the floor
+    floor_images: str | None  # name of their source
+    reference: str  # name of the reference's source
+    split: str  # of the reference
+    extractor: str  # its name
+    hash: str  # of the extractor's weights
 
 
 class Measured(NamedTuple):
-    """What is kept of each image of a set."""
+    """Measurements of each image of a set, from which all figures can be computed."""
 
     features: Tensor  # (N, d)
     pixels: Tensor  # (N, 7), see `pixel_statistics`
-    labels: Tensor | None = None  # (N,) as the extractor numbers them
-    moods: Tensor | None = None
+    labels: Tensor | None = None  # (N,) indices into the extractor's classes
+    moods: Tensor | None = None  # (N,) indices into MOOD_NAMES
 
     def part(self, chosen: Tensor) -> "Measured":
-        """The same of the images with these numbers (n,)."""
+        """The measurements of the images with indices `chosen` (n,)."""
         return Measured(*(None if x is None else x[chosen] for x in self))
 
 # %% ../nbs/06_measuring.ipynb #06ae0051
 def measure(images: ImageSource, extractor: Extractor) -> Measured:
-    """The features and pixel statistics of all images, read once, with a bar."""
+    """Features and pixel statistics of all images, in one pass with a progress bar."""
     found = [(extractor(batch), pixel_statistics(batch)) for batch in tqdm(
         images, f"measuring {images.name}", -(-len(images) // 250), leave=False)]
     features, pixels = (torch.cat(part) for part in zip(*found, strict=True))
@@ -646,7 +666,7 @@ def measure(images: ImageSource, extractor: Extractor) -> Measured:
 
 def compare(ours: Measured, real: Measured,
             extractor: Extractor) -> dict[str, tuple[float, int, int]]:
-    """All figures of one set of images against another, each with its N and M."""
+    """All figures of `ours` against `real`: a dict of names to (value, N, M)."""
     known = {"inception": ("FID", "KID"),
              "landscapes": ("FD-landscape", "KD-landscape")}
     frechet, kernel = known.get(extractor.name,
@@ -677,12 +697,15 @@ def compare(ours: Measured, real: Measured,
 
 
 def floor_source(real: ImageSource, count: int) -> ImageSource | None:
-    """Real images outside of the reference, if its data set has another split."""
+    """Up to `count` real images from another split of the reference, or None.
+
+    None unless the reference is a data set known by name.
+    """
     name, _, split = real.name.partition(":")
     if name not in BUILDERS:
         return None
     others = {"val": "test", "test": "val", "train": "val"}
-    if name != "landscapes":  # these have two splits, and "test" is another name
+    if name != "landscapes":  # the others have two splits: "test" is their "val"
         others = {"val": "train", "test": "train", "train": "val"}
     return read_images(f"{name}:{others[split]}", real.size, count)
 
@@ -693,15 +716,17 @@ def evaluate_images(
         extractor: str | Path | nn.Module = "landscapes", labels: Tensor | None = None,
         training: str | Path | Tensor | ImageSource | None = None, subsets: int = 5,
         seed: int = 0, size: int | None = None, limit: int | None = None) -> dict:
-    """Every figure of images against a reference, as a dict that JSON can hold.
+    """All figures of images against a reference, as a dict that can be stored as JSON.
 
-    Images and reference are what `read_images` takes; the reference is read at the size
-    of the images. `labels` (N,) are the classes asked for. The floor is the same figure
-    of as many real images from another split of the reference, or of one half of it
-    against the other. The spread comes from disjoint subsets, since a bootstrap repeats
-    images, which looks like less variety and biases these distances. With `training`,
-    the nearest of its images are searched. ValueError unless N is above the number of
-    features.
+    Images, reference and training images are what `read_images` takes. `size` and
+    `limit` apply to the images; the others are read at the same size, and a reference
+    given by a data set's name has at most max(1000, N) images. `labels` (N,) are the
+    classes that were asked for. The floor is the same figure for as many real images
+    from another split of the reference, or for one half of the reference against the
+    other. The spread comes from up to `subsets` disjoint subsets: a bootstrap repeats
+    images, which looks like less variety and biases these distances. `training` adds
+    the distances to the nearest training images. ValueError unless N is above the
+    number of features.
     """
     extractor = load_extractor(extractor).to(pick_device())
     images, least = read_images(images, size, limit), extractor.dim + 1
@@ -755,7 +780,7 @@ def evaluate_images(
 
 def nearest_figures(images: ImageSource, control: ImageSource, training: ImageSource,
                     real: ImageSource, extractor: Extractor) -> dict[str, Figure]:
-    """Mean distances to the nearest training image, of at most a thousand images."""
+    """Mean distances of up to a thousand images to the nearest training image."""
     ours, usual = (torch.cat([batch for batch, _ in zip(source, range(4))])
                    for source in (images, control))
     found = {"nearest in training, pixels": lambda x: nearest_neighbors(x, training)}
@@ -769,7 +794,7 @@ def nearest_figures(images: ImageSource, control: ImageSource, training: ImageSo
 
 
 def format_report(report: dict) -> str:
-    """The figures of `evaluate_images` as a table of a few lines."""
+    """The report of `evaluate_images` as a table of text."""
     size, figures = report["size"], report["figures"]
     lines = [f"{report['N']:,} images of {report['images']} against {report['M']:,} of "
              f"{report['reference']}, {size} x {size}", "",

@@ -19,7 +19,7 @@ from .losses import linear_cross_entropy
 from .transformer import initialize, rope_table
 
 # %% ../nbs/08_next_patch_prediction.ipynb #ac29010f
-# LlamaGen's sizes (Sun et al. 2024, table 2), and two for a CPU and for one GPU
+# LlamaGen's sizes (Sun et al. 2024, table 2), and our own for a CPU and for a GPU
 SIZES = {name: dict(zip(("depth", "heads", "dim"), shape, strict=True))
          for name, shape in {
              "cpu": (6, 6, 168), "gpu": (6, 8, 512), "B": (12, 12, 768),
@@ -29,31 +29,38 @@ SIZES = {name: dict(zip(("depth", "heads", "dim"), shape, strict=True))
 
 @dataclass(kw_only=True)
 class NPPConfig(ImageGPTConfig):
-    """The shape of an `NPP`: LlamaGen's block, and dropout as its code has it."""
+    """Configuration of an `NPP`: LlamaGen's block, with its training code's dropout."""
 
     norm: Literal["layer", "rms"] = "rms"
     mlp: Literal["gelu", "swiglu"] = "swiglu"
     positions: Literal["learned", "rowcol", "rope2d", "none"] = "rope2d"
-    dropout: float = 0.1  # of tokens, of attention's and of the MLP's outputs
-    attention_dropout: float | None = 0.0  # of attention's weights
+    dropout: float = 0.1  # of the embeddings and of each attention and MLP output
+    attention_dropout: float | None = 0.0  # of the attention weights
 
 # %% ../nbs/08_next_patch_prediction.ipynb #7acfe166
 def group_vectors(vectors: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """Mean vectors (B, T/side^2, D) of the squares of a grid's vectors (B, T, D)."""
+    """Average the vectors (B, T, D) of a grid over its patches: (B, T/side^2, D).
+
+    The grid has `rows` x `columns` = T vectors, row by row, and a patch is a square of
+    `side` x `side` of them. ValueError unless the patches tile the grid.
+    """
     check_side(rows, columns, side)
     return reduce(vectors, "b (h p w q) d -> b (h w) d", "mean",
                   h=rows // side, p=side, q=side)
 
 
 def group_tokens(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """The tokens (B, T/side^2, side^2) of each square of a grid (B, T) of tokens."""
+    """Collect the tokens (B, T) of a grid by patches: (B, T/side^2, side^2).
+
+    Grid and patches are those of `group_vectors`.
+    """
     check_side(rows, columns, side)
     return rearrange(tokens, "b (h p w q) -> b (h w) (p q)",
                      h=rows // side, p=side, q=side)
 
 
 def check_side(rows: int, columns: int, side: int) -> None:
-    """Raise ValueError unless squares of `side` tokens tile the grid."""
+    """Raise ValueError unless squares of `side` x `side` tokens tile the grid."""
     if side < 1 or rows % side or columns % side:
         fits = [n for n in range(1, min(rows, columns) + 1)
                 if rows % n == 0 and columns % n == 0]
@@ -64,34 +71,36 @@ def check_side(rows: int, columns: int, side: int) -> None:
 class NPP(ImageGPT):
     """LlamaGen's GPT over the tokens of an image, trained from coarse to fine.
 
-    Forward pass and sampling are `ImageGPT`'s. Next Patch Prediction (Pang et al. 2024)
-    changes what it is trained on: see `read_patches`.
+    The forward pass and sampling are `ImageGPT`'s. Next Patch Prediction (Pang et al.
+    2024) changes only the training: see `read_patches` and `patch_token_loss`.
     """
 
     def __init__(self, config: NPPConfig):
         super().__init__(config)
-        self.apply(initialize)  # without the smaller weights of GPT-2's deep layers
+        self.apply(initialize)  # LlamaGen does not scale residual layers as GPT-2 does
         nn.init.zeros_(self.head.weight)
 
     def read_patches(self, tokens: Tensor, labels: Tensor | None = None,
                      side: int = 1) -> Tensor:
-        """Hidden states (B, T/side^2, D) of whole images: tokens (B, T).
+        """Hidden states (B, T/side^2, D) for the tokens (B, T) of whole images.
 
-        State n describes patch n, a square of `side` x `side` tokens, given the class
-        and the patches before it, each the mean of its embeddings (section 3.2).
+        State n predicts patch n, a square of `side` x `side` tokens, from the class and
+        the patches before it. A patch is read as the mean of its embeddings (Pang et
+        al. 2024, section 3.2). Labels (B,) are as in `ImageGPT`. ValueError for a
+        `side` above 1 unless the model has rotary positions.
         """
         config, rope = self.config, None
         if tokens.shape[1:] != (self.length,):
             raise ValueError(f"expected whole images, {self.length} tokens each, found "
                              f"shape {tuple(tokens.shape)}")
-        self.check(tokens[:, :-1])  # the last one is only predicted
+        self.check(tokens[:, :-1])  # the last token is only a target
         x = group_vectors(self.tokens(tokens), config.height, config.width, side)
         start = self.class_embedding(labels, len(tokens))[:, None]    # (B, 1, D)
         x = torch.cat([start, x[:, :-1]], dim=1)                      # (B, T/side^2, D)
         if side > 1:
             if config.positions != "rope2d":
-                raise ValueError("patches need positions that fit every grid: expected "
-                                 f"rope2d, found {config.positions!r}")
+                raise ValueError("patches need positions that fit a grid of any size: "
+                                 f"expected rope2d, found {config.positions!r}")
             rope = rope_table(config.height // side, config.width // side,
                               config.dim // config.heads, prefix=1)
             rope = rope[: x.shape[1]].to(x.device)
@@ -99,15 +108,15 @@ class NPP(ImageGPT):
 
     @classmethod
     def from_llamagen(cls, path: str | Path, heads: int | None = None) -> "NPP":
-        """A published class-conditional model of LlamaGen or NPP; see `read_gpt`."""
+        """Load a published class-conditional LlamaGen or NPP model: see `read_gpt`."""
         return read_gpt(cls, Path(path), heads)
 
 # %% ../nbs/08_next_patch_prediction.ipynb #33d44139
 def patch_token_loss(model: NPP, batch, side: int = 1) -> Tensor:
-    """Mean cross entropy in nats of the tokens of each patch, given those before it.
+    """Mean cross entropy in nats per token, given the class and the earlier patches.
 
-    The batch has the `tokens` (B, T) of whole images, and the `label` (B,) of each. At
-    side 1 it is the loss of chapter 5, the same bits.
+    The batch has the `tokens` (B, T) of whole images and, for a model with classes, the
+    `label` (B,) of each. At side 1 this equals `next_token_loss` bit for bit.
     """
     config = model.config
     hidden = model.read_patches(
@@ -117,28 +126,30 @@ def patch_token_loss(model: NPP, batch, side: int = 1) -> Tensor:
 
 # %% ../nbs/08_next_patch_prediction.ipynb #d6404d5e
 def stage_sides(level: int) -> list[int]:
-    """Sides of the patches of each stage, from coarse to fine: level 3 is 4, 2, 1."""
+    """The patch side of each stage, from coarse to fine: [4, 2, 1] for level 3."""
     if level < 1:
-        raise ValueError(f"there is at least one level, found {level}")
+        raise ValueError(f"expected at least one level, found {level}")
     return [2**n for n in reversed(range(level))]
 
 
 def stage_ends(steps: int, level: int, rate: float = 0.5) -> list[int]:
-    """The last step of each stage: that of side 2^i ends at `steps * rate^i`."""
+    """The last step of each stage: patches of side 2^i end at step `steps * rate^i`."""
     ends = [int(steps * rate**n) for n in reversed(range(level))]
     if not 0 < rate <= 1 or ends[0] < 1 or len(set(ends)) < level:
         raise ValueError(f"{steps} steps cannot be cut into {level} stages at a rate "
-                         f"of {rate}: expected a rate from 0 to 1, a step for each")
+                         f"of {rate}: expected a rate above 0 and at most 1, and at "
+                         "least one step per stage")
     return ends
 
 # %% ../nbs/08_next_patch_prediction.ipynb #dd5ee1f6
 def read_gpt(kind: type[NPP], path: Path, heads: int | None = None) -> NPP:
-    """Load a torch file of LlamaGen or NPP, such as `c2i_B_256.pt`.
+    """Load a PyTorch file of LlamaGen or NPP, such as `c2i_B_256.pt`, in eval mode.
 
-    The sizes come from the weights, which are under `model`, `ema`, `module` or
-    `state_dict`, or are the file itself. By default it has the heads of the size in
-    `SIZES` with its width, or one for each 64 numbers. Nothing in the file is run.
-    ValueError says what is missing or does not fit.
+    The weights are the file itself or its entry `model`, `ema`, `module` or
+    `state_dict`, the first one found, and all sizes but the number of heads follow from
+    them. By default, `heads` is that of the model in `SIZES` with the same width, or
+    one head per 64 dimensions. No code in the file is executed. FileNotFoundError if
+    there is no file; ValueError says what is missing or does not fit.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the path of a model "
@@ -154,7 +165,7 @@ def read_gpt(kind: type[NPP], path: Path, heads: int | None = None) -> NPP:
         raise ValueError(f"{path} is no class-conditional model of LlamaGen: expected "
                          f"weights {', '.join(needed)}")
     weights = dict(found)
-    angles = weights.pop("freqs_cis", None)  # a table that we make ourselves
+    angles = weights.pop("freqs_cis", None)  # rotary positions; we compute our own
     side = 16 if angles is None else round((len(angles) - 1) ** 0.5)
     codes, dim = weights["tok_embeddings.weight"].shape
     named = {size["dim"]: size["heads"] for size in SIZES.values()}
@@ -168,19 +179,22 @@ def read_gpt(kind: type[NPP], path: Path, heads: int | None = None) -> NPP:
     try:
         model.load_state_dict({ours(name): w for name, w in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f"{path} is another architecture: {error}") from None
+        raise ValueError(f"{path} holds another architecture: {error}") from None
     return model.eval()
 
 
 def multiple_of(dim: int, hidden: int) -> int:
-    """The multiple to which SwiGLU's hidden width of a model was rounded up."""
+    """The `mlp_multiple` with which SwiGLU's width 8/3 * `dim` rounds up to `hidden`.
+
+    The largest that fits among 256, 64, 32, 16, 8, 4, 2 and 1; 256 if none does.
+    """
     plain = 8 * dim // 3
     return next((n for n in (256, 64, 32, 16, 8, 4, 2, 1)
                  if -(-plain // n) * n == hidden), 256)
 
 
 def ours(name: str) -> str:
-    """Our name of a weight of LlamaGen."""
+    """Our name for a weight of LlamaGen."""
     names = {"tok_embeddings.": "tokens.", "output.": "head.",
              "cls_embedding.embedding_table.": "class_embedding.",
              "layers.": "transformer.blocks.", ".wqkv.": ".qkv.", ".wo.": ".proj.",

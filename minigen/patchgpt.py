@@ -37,7 +37,7 @@ from .transformer import Transformer, TransformerConfig
 
 # %% ../nbs/03_patchgpt.ipynb #be5e01c2
 def check_tiling(patch_size: int, height: int, width: int) -> None:
-    """Raise ValueError if patches do not tile an image, and say which ones would."""
+    """Raise ValueError, listing sizes that fit, unless patches tile an image."""
     P, H, W = patch_size, height, width
     if P < 1 or H % P or W % P:
         fits = [n for n in range(1, min(H, W) + 1) if H % n == 0 and W % n == 0]
@@ -63,7 +63,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """The images (B, C, H, W) whose patches are `patches` (B, T, C*P*P)."""
+    """Join patches (B, T, C*P*P) into images (B, C, height, width)."""
     P, (T, D) = patch_size, patches.shape[1:]
     check_tiling(P, height, width)
     rows, columns = height // P, width // P
@@ -78,18 +78,19 @@ def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Ten
 # %% ../nbs/03_patchgpt.ipynb #b4211cad
 @dataclass(kw_only=True)
 class PatchConfig(TransformerConfig):
-    """How a `PatchGPT` models patches, whatever the size of the image."""
+    """Settings of a `PatchGPT` that do not depend on the size of the image."""
 
     patch_size: int = 4  # P: side of a patch, in pixels
     head: Literal["mse", "gaussian", "logistic"] = "mse"  # one guess, or a distribution
-    mixtures: int = 8  # K: components; PixelCNN++ finds 5 enough, GIVT takes 16
-    neighbors: bool = True  # logistic: a pixel sees the ones to its left and above it
+    mixtures: int = 8  # K: mixture components; PixelCNN++ finds 5 enough, GIVT uses 16
+    neighbors: bool = True  # logistic: pixels depend on those to the left and above
     shared: bool = True  # logistic: a patch makes one choice that its pixels share
-    above: bool = True  # read the patch above the next one too, not just the last patch
-    noise: float = 0.0  # highest standard deviation of noise on patches in training
+    above: bool = True  # also read the patch above the next one, not only the last
+    noise: float = 0.0  # highest standard deviation of the noise added in training
     class_dropout: float = 0.1  # share of labels left out in training, for guidance
-    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # as pixels'
-    depth: int = 6  # blocks; depth, heads and dim are the document's
+    # a learned vector per position or per row and column, 2D rotary, or none
+    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"
+    depth: int = 6  # number of blocks; depth, heads and dim are as published
     heads: int = 8  # attention heads in each block
     dim: int = 512  # width of the residual stream
 
@@ -97,20 +98,20 @@ class PatchConfig(TransformerConfig):
         super().__post_init__()
         check_numbers(self, patch_size=POSITIVE, noise=NOT_NEGATIVE)
         if self.mixtures < 1:
-            raise ValueError("a distribution has at least 1 component, found "
+            raise ValueError("a mixture needs at least 1 component, found "
                              f"mixtures={self.mixtures}")
         if not 0 <= self.class_dropout <= 1:
-            raise ValueError("class_dropout is a share of the labels, from 0 to 1, "
+            raise ValueError("class_dropout must be a share of labels, from 0 to 1, "
                              f"found {self.class_dropout}")
 
 
 @dataclass(kw_only=True)
 class PatchGPTConfig(PatchConfig):
-    """What a `PatchGPT` draws and how large it is."""
+    """Settings of a `PatchGPT`, including the size and the classes of its images."""
 
     height: int = 64  # of the images, in pixels
     width: int = 64  # of the images, in pixels
-    classes: int = 0  # that one can ask for; 0 makes the model unconditional
+    classes: int = 0  # number of classes; 0 makes the model unconditional
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,15 +121,15 @@ class PatchGPTConfig(PatchConfig):
         check_tiling(self.patch_size, self.height, self.width)
 
 # %% ../nbs/03_patchgpt.ipynb #30d1eb4e
-Context = tuple[Tensor, Tensor]  # the patches (..., D) to the left and above; else gray
+Context = tuple[Tensor, Tensor]  # patches (..., D) left and above; gray outside
 
 
 class Head(nn.Module):
-    """A linear layer from hidden states (..., dim) to what describes patches (..., D).
+    """A linear layer from hidden states (..., dim) to outputs that describe patches.
 
-    A head has `mean(outputs, context)`, the expected patches in [0, 1], and `sample`,
-    which draws them; one that gives a distribution has `log_prob`, from which its loss
-    follows.
+    A head has `mean(outputs, context)`, which returns the expected patches (..., D) in
+    [0, 1], and `sample`, which draws patches. A head that models a distribution has
+    `log_prob`, from which its loss follows.
     """
 
     def __init__(self, config: PatchConfig, outputs: int):
@@ -148,21 +149,21 @@ class Head(nn.Module):
 
 # %% ../nbs/03_patchgpt.ipynb #9fdcb102
 class SquaredErrorHead(Head):
-    """One guess for the next patch, trained by its squared error."""
+    """A single guess for the next patch, trained with the squared error."""
 
     def __init__(self, config: PatchConfig):
         super().__init__(config, 3 * config.patch_size**2)
         nn.init.constant_(self.out.bias, 0.5)
 
     def loss(self, outputs: Tensor, patches: Tensor, context: Context) -> Tensor:
-        """The mean squared error of a value."""
+        """The mean squared error per value, for values in [0, 1]."""
         return F.mse_loss(outputs.float(), patches)
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
         return outputs.float().clamp(0, 1)
 
     def sample(self, outputs, context, temperature=1.0, generator=None) -> Tensor:
-        """The guess again, at any temperature."""
+        """The guess itself; the temperature has no effect."""
         return self.mean(outputs, context)
 
 # %% ../nbs/03_patchgpt.ipynb #6f6ca08f
@@ -172,17 +173,18 @@ BIN = 2 / 255  # distance between two 8-bit values in [-1, 1]
 def log_mass(
     values: Tensor, mean: Tensor, log_scale: Tensor, log_cdf: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Log probability of 8-bit values in [-1, 1] under a symmetric density.
+    """Log probability, in nats, of 8-bit values in [-1, 1] under a symmetric density.
 
-    The lowest bin reaches down to minus infinity, the highest up to infinity (Salimans
-    et al. 2017, section 2.1). `log_cdf` is the log CDF at mean 0 and scale 1. Both ends
-    of a bin are evaluated on the side of the mean where the CDF is small, so that
-    float32 is precise enough at any distance.
+    The tensors are broadcast against each other. The lowest bin reaches down to minus
+    infinity, the highest up to infinity (Salimans et al. 2017, section 2.1). `log_cdf`
+    is the log CDF at mean 0 and scale 1. Both ends of a bin are evaluated on the side
+    of the mean where the CDF is small, so that float32 is precise enough at any
+    distance.
     """
     lowest, highest = values < -1 + BIN / 2, values > 1 - BIN / 2
     upper = (values - mean + BIN / 2) / log_scale.exp()
     lower = (values - mean - BIN / 2) / log_scale.exp()
-    left = ((values < mean) | lowest) & ~highest      # of the mean; else mirror the bin
+    left = ((values < mean) | lowest) & ~highest      # side of the mean; else mirror
     large = log_cdf(torch.where(left, upper, -lower))
     small = log_cdf(torch.where(left, lower, -upper))
     end = lowest | highest
@@ -191,11 +193,11 @@ def log_mass(
 
 # %% ../nbs/03_patchgpt.ipynb #3e4d354c
 def log_normal_cdf(z: Tensor) -> Tensor:
-    """Log CDF of the standard normal distribution, in float32 with the right gradient.
+    """Log CDF of the standard normal distribution, with an accurate float32 gradient.
 
-    Below -10 it is a series (Abramowitz and Stegun 1964, 26.2.12). There
-    `torch.special.log_ndtr` has the right value too, but its gradient in float32 is off
-    by 4 percent at -1000 and by a factor of 6 at -10,000.
+    Below -10 it uses an asymptotic series (Abramowitz and Stegun 1964, 26.2.12). There
+    the values of `torch.special.log_ndtr` are right, too, but in float32 its gradient
+    is off by 4 percent at -1000 and by a factor of 6 at -10,000.
     """
     far = z.clamp(max=-10.0)
     series = torch.log1p(-(far**-2) + 3 * far**-4 - 15 * far**-6) - torch.log(-far)
@@ -204,22 +206,22 @@ def log_normal_cdf(z: Tensor) -> Tensor:
 
 
 def quantize(values: Tensor) -> Tensor:
-    """Values in [-1, 1], or beyond, rounded to the nearest 8-bit value."""
+    """Round values to the nearest of the 256 8-bit values in [-1, 1]."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 # %% ../nbs/03_patchgpt.ipynb #81565733
 class GaussianMixtureHead(Head):
-    """A mixture of K Gaussians over the whole patch, a mean and a scale for each value.
+    """A mixture of K Gaussians over whole patches, with a mean and scale per value.
 
-    GIVT (Tschannen et al. 2024) models real numbers and takes densities. Our values
-    have 8 bits, so we take the mass of their bins.
+    GIVT (Tschannen et al. 2024) models real numbers and uses densities. Our values have
+    8 bits, so we use the probability mass of their bins.
     """
 
     def __init__(self, config: PatchConfig):
         super().__init__(config, config.mixtures * (1 + 6 * config.patch_size**2))
         with torch.no_grad():
             _, mean, log_scale = self.parts(self.out.bias)
-            # start the components apart, so that they can become different
+            # start with different means, or all components would learn the same
             mean.copy_(torch.linspace(-0.8, 0.8, self.K)[:, None])
             log_scale.fill_(-1.5)
 
@@ -242,7 +244,7 @@ class GaussianMixtureHead(Head):
         return (expected / 2 + 0.5).clamp(0, 1)
 
     def sample(self, outputs, context, temperature=1.0, generator=None) -> Tensor:
-        """Patches (B, D). The temperature divides logits and multiplies scales."""
+        """Draw patches (B, D). The temperature divides logits and multiplies scales."""
         logits, mean, log_scale = self.parts(outputs.float())
         chosen = sample(logits, temperature, generator=generator)                 # (B,)
         chosen = chosen[:, None, None].expand(-1, 1, self.D)
@@ -253,22 +255,22 @@ class GaussianMixtureHead(Head):
 
 # %% ../nbs/03_patchgpt.ipynb #25473415
 class LogisticMixtureHead(Head):
-    """Mixtures of K logistics for pixels; red moves green, and both move blue.
+    """A mixture of K logistics for each pixel; red shifts green, and both shift blue.
 
-    So far this is PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), and each
-    pixel chooses among its components by itself. With `neighbors` the pixel to the left
-    and the one above move all three channels as well, within the patch or across its
-    border. With `shared` the patch first makes one of J = K choices, and the weights of
-    the components of all its pixels follow from it; without, J is 1.
+    This is PixelCNN++ (Salimans et al. 2017, sections 2.1 and 2.2), where each pixel
+    chooses a component by itself. With `neighbors`, the pixels to the left and above
+    also shift the means of all channels, within the patch and across its border. With
+    `shared`, the patch first makes one of J = K choices, which sets the weights of the
+    components for all of its pixels; without it, J is 1.
     """
 
     def __init__(self, config: PatchConfig):
         self.neighbors, self.shared = config.neighbors, config.shared
         self.J = config.mixtures if config.shared else 1
-        # for a component: weight in each choice; means; log scales; red on green, red
-        # and green on blue; and with neighbors, the pixel to the left; the pixel above
+        # per component: weight in each choice; means; log scales; coefficients of red
+        # on green, red on blue, green on blue; with neighbors, left pixel; pixel above
         self.sizes = (self.J, *[3] * (5 if config.neighbors else 3))
-        self.logits = self.J if config.shared else 0  # one choice needs none
+        self.logits = self.J if config.shared else 0  # a single choice needs no logit
         pixels = config.patch_size**2 * config.mixtures * sum(self.sizes)
         super().__init__(config, self.logits + pixels)
         with torch.no_grad():
@@ -291,7 +293,7 @@ class LogisticMixtureHead(Head):
         return rearrange(2 * patches - 1, "... (c p q) -> ... p q c", c=3, p=self.P)
 
     def edges(self, context: Context) -> tuple[Tensor, Tensor]:
-        """The pixels (..., P, 3) that touch the patch from the left and from above."""
+        """The pixels (..., P, 3) just left of the patch, and those just above it."""
         left, above = map(self.grid, context)
         return left[..., :, -1, :], above[..., -1, :, :]
 
@@ -313,7 +315,7 @@ class LogisticMixtureHead(Head):
                 moved = rearrange(moved, "... p q c -> ... (p q) 1 c")
                 mean = mean + coefficient * moved
         log_p = log_mass(values, mean, log_scale.clamp(-7, 2), F.logsigmoid).sum(-1)
-        # of each pixel, then of the patch, in each choice; then over the choices
+        # for each choice, of pixels, then of the patch; then summed over the choices
         log_p = (weights.log_softmax(-2) + log_p[..., None]).logsumexp(-2)
         log_p = log_p.sum(-2)                                     # (..., J)
         if self.shared:
@@ -321,10 +323,11 @@ class LogisticMixtureHead(Head):
         return log_p.logsumexp(-1)
 
     def follow(self, weights: Tensor, parts, context: Context, finish) -> Tensor:
-        """Patches (B, J, D) pixel by pixel: each the weighted mean of its K components.
+        """Build patches (B, J, D) pixel by pixel, as weighted means of K components.
 
-        `weights` (B, P*P, K, J); `parts` are the means and the coefficients of channels
-        and neighbors, (B, P*P, K, 3) each; `finish` is applied to each new value.
+        `weights` are (B, P*P, K, J); `parts` are the means and the coefficients of
+        channels and neighbors, (B, P*P, K, 3) each, where K is 1 once a component is
+        chosen; `context` holds patches (B, D); `finish` is applied to each new value.
         """
         left, above = (edge[:, :, None, None] for edge in self.edges(context))
         pixels = {(i, -1): left[:, i] for i in range(self.P)}
@@ -345,7 +348,7 @@ class LogisticMixtureHead(Head):
         return rearrange(new, "b n j c -> b j (c n)") / 2 + 0.5
 
     def mean(self, outputs: Tensor, context: Context) -> Tensor:
-        """The expected patches (..., D), but for what the ends of the scale cut off."""
+        """The expected patches (..., D), as if values were not cut off at 0 and 255."""
         choice, weights, mean, _, *coefficients = self.parts(
             outputs.float().flatten(0, -2))
         context = tuple(patches.flatten(0, -2) for patches in context)
@@ -356,7 +359,7 @@ class LogisticMixtureHead(Head):
         return patches.sum(1).view(*outputs.shape[:-1], -1).clamp(0, 1)
 
     def sample(self, outputs, context, temperature=1.0, generator=None) -> Tensor:
-        """Patches (B, D). The temperature divides logits and multiplies scales."""
+        """Draw patches (B, D). The temperature divides logits and multiplies scales."""
         choice, weights, *parts = self.parts(outputs.float())
         if self.shared:
             chosen = sample(choice, temperature, generator=generator)[:, None, None]
@@ -377,20 +380,20 @@ HEADS = {"mse": SquaredErrorHead, "gaussian": GaussianMixtureHead,
 
 # %% ../nbs/03_patchgpt.ipynb #a7d3e1b2
 def shift(patches: Tensor, by: int, start: int, stop: int) -> Tensor:
-    """The patches `by` before positions start to stop - 1; gray before the first."""
+    """The patches `by` positions before start to stop - 1; gray if there are none."""
     known = patches[:, max(start - by, 0) : max(stop - by, 0)]
     missing = stop - start - known.shape[1]
     return F.pad(known, (0, 0, missing, 0), value=0.5) if missing else known
 
 # %% ../nbs/03_patchgpt.ipynb #5f9eec4a
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
-    """A causal transformer over the patches of an image, which are real numbers.
+    """A causal transformer over image patches, each a vector of D real numbers.
 
     `forward(patches (B, t, D) in [0, 1], labels (B,)) -> outputs (B, t + 1, ...)`: the
     outputs at position p describe patch p, given the class and the patches before it;
-    at position 0 a learned vector stands in for the previous patch, one for each class.
-    Labels are 0 to `classes` - 1, or `classes` for no class; without labels no image
-    has one. What the outputs mean is up to the head.
+    at position 0, a learned vector for the class takes the place of the previous patch.
+    Labels are 0 to `classes` - 1, or `classes` for "no class"; without labels, all
+    images are "no class". What the outputs mean is up to the head.
     """
 
     def __init__(self, config: PatchGPTConfig):
@@ -406,7 +409,7 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         self.head = HEADS[config.head](config)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, h, W) in [0, 1], whole or only a top, to patches (B, t, D)."""
+        """Images (B, 3, h, W) in [0, 1], or just their tops, to patches (B, t, D)."""
         H, W = self.config.height, self.config.width
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError("expected images of 3 channels, (B, 3, H, W), found shape "
@@ -419,22 +422,25 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         return patchify(images, self.config.patch_size)
 
     def decode(self, patches: Tensor) -> Tensor:
-        """All patches (B, T, D) of images to the images (B, 3, H, W)."""
+        """All T patches of each image, (B, T, D), to images (B, 3, H, W)."""
         c = self.config
         return unpatchify(patches, c.patch_size, c.height, c.width)
 
     def context(self, patches: Tensor, start: int, stop: int) -> Context:
-        """The patches to the left of positions start to stop - 1, and those above."""
+        """The patches to the left of positions start to stop - 1, and those above.
+
+        Both are (B, stop - start, D), and gray outside the image.
+        """
         left = shift(patches, 1, start, stop).clone()             # (B, stop - start, D)
         left[:, -start % self.columns :: self.columns] = 0.5      # outside the image
         return left, shift(patches, self.columns, start, stop)
 
     def inputs(self, patches: Tensor, start: int, stop: int,
                labels: Tensor | None = None) -> Tensor:
-        """The vectors (B, stop - start, dim) that enter at positions start to stop - 1.
+        """The input vectors (B, stop - start, dim) of positions start to stop - 1.
 
-        At position p that is the patch before it and, with `above`, the patch above it.
-        Labels (2B,) instead of (B,) make two rows of each image, for guidance.
+        Position p gets the patch before patch p and, with `above`, the patch above it.
+        With labels (2B,), as for guidance, the patches are repeated: 2B rows.
         """
         first, rows = max(start, 1), len(patches) if labels is None else len(labels)
         steps = [1, self.columns] if self.config.above else [1]
@@ -467,11 +473,11 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
     ) -> Iterator[Tensor]:
         """Continue patches `prompt` (B, t, D), yielding (B, t + 1, D) to (B, T, D).
 
-        The prompt may also be a list of patches (t, D) of different lengths, or a
-        number of images to draw from nothing. With guidance each image is read twice,
-        with its class and without. All yielded tensors are views of one, so copy what
-        you keep. Without the cache the result is the same, but later. The head `mse`
-        has one answer at any temperature.
+        Patches are in [0, 1]. The prompt may also be a list of patches (t, D) of
+        different lengths, or the number of images to draw from nothing. With guidance,
+        each image is read twice, with its class and without. All yielded tensors are
+        views of one: copy what you keep. Without the cache, the result is the same but
+        takes longer. The head `mse` ignores the temperature.
         """
         check_temperature(temperature)
         for patches in [] if isinstance(prompt, int) else prompt:
@@ -497,26 +503,27 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         self, prompt: int | Tensor | list[Tensor], labels: Tensor | None = None,
         blank: float = 0.5, **options,
     ) -> Iterator[Tensor]:
-        """The images (B, 3, H, W) as they grow; patches still to come are `blank`."""
+        """Yield images (B, 3, H, W) as they grow; missing patches are `blank`."""
         for patches in self.stream(prompt, labels, **options):
             missing = self.length - patches.shape[1]
             yield self.decode(F.pad(patches, (0, 0, 0, missing), value=blank))
 
     def generate_images(self, prompt: int | Tensor | list[Tensor],
                         labels: Tensor | None = None, **options) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from their first patches; options of `stream`.
+        """Continue a prompt to images (B, 3, H, W) in [0, 1]; options as for `stream`.
 
-        A number draws so many images from nothing, `encode(images[:, :, : H // 2])`
-        gives top halves to complete, and the published model starts with one patch.
+        With a number as prompt, that many images are drawn from nothing. Patches from
+        `encode(images[:, :, : H // 2])` are top halves to complete. The published model
+        starts with one patch.
         """
         return self.decode(last(self.stream(prompt, labels, **options)))
 
 # %% ../nbs/03_patchgpt.ipynb #21db5b7a
 def next_patch_loss(model: PatchGPT, batch) -> Tensor:
-    """The head's loss for each patch given the ones before it, a mean over all values.
+    """Mean loss of the head, per value, for each patch given the patches before it.
 
-    `batch.image` holds images (B, 3, H, W) in [0, 1]; a model with classes also gets
-    `batch.label` (B,).
+    It is in nats, or for the head `mse` a squared error. `batch.image` holds images
+    (B, 3, H, W) in [0, 1]; a model with classes also gets `batch.label` (B,).
     """
     patches = model.encode(batch.image)                           # (B, T, D)
     context = model.context(patches, 0, model.length)
@@ -525,19 +532,19 @@ def next_patch_loss(model: PatchGPT, batch) -> Tensor:
 
 
 def known_labels(model: PatchGPT, batch) -> Tensor | None:
-    """The labels (B,) of a batch, if it has any, for a model with classes."""
+    """The labels (B,) of a batch; None if it has none or the model has no classes."""
     return getattr(batch, "label", None) if model.config.classes else None
 
 
 def expected_patches(model: PatchGPT, patches: Tensor,
                      labels: Tensor | None = None) -> Tensor:
-    """The expected value of each patch of (B, T, D) given the real ones before it."""
+    """The expected value (B, T, D) of each patch, given the real patches before it."""
     context = model.context(patches, 0, model.length)
     return model.head.mean(model(patches[:, :-1], labels), context)
 
 
 def next_patch_error(model: PatchGPT, batch) -> Tensor:
-    """The mean squared error of the expected patches, for values in [0, 1]."""
+    """Mean squared error of the expected patches of a batch, for values in [0, 1]."""
     patches = model.encode(batch.image)
     expected = expected_patches(model, patches, known_labels(model, batch))
     return F.mse_loss(expected, patches)
@@ -550,10 +557,10 @@ def exposure_bias(
 ) -> tuple[Tensor, Tensor]:
     """The error of each patch after real patches, and after the model's own.
 
-    Both (T - given,) are root mean square errors, in levels of 255, over images
-    (B, 3, H, W) in [0, 1]. The first is teacher forcing: each patch is predicted, by
-    its expected value, from real ones. The second is free running: everything after
-    the first `given` patches is drawn.
+    Both (T - given,) are root mean square errors, in 8-bit levels (0 to 255), over
+    `images` (B, 3, H, W) in [0, 1]. The first is teacher forcing: each patch is
+    predicted, by its expected value, from real ones. The second is free running: all
+    patches after the first `given` are drawn.
     """
     was_training, device = model.training, model.embed.bias.device
     model.eval()

@@ -22,16 +22,16 @@ from .transformer import TransformerConfig, check_indices
 
 # %% ../nbs/01_pixel_gpt.ipynb #753c6f36
 class ColorTokenizer:
-    """An image as the sequence of its colors, row by row, each a number.
+    """Converts images to sequences of colors, one number per pixel, and back.
 
-    The `bits` most significant bits of each 8-bit channel are kept and packed into
-    3 * bits, red highest: with 4 bits 0xFEC is a light sky gray, and there are 4096
-    colors. With 8 bits nothing is lost.
+    The `bits` most significant bits of each 8-bit channel are packed into a number of
+    3 * bits, with red in the highest: with 4 bits there are 4096 colors, and 0xFEC is
+    red F, green E, blue C. With 8 bits nothing is lost. Pixels are read row by row.
     """
 
     def __init__(self, bits: int = 4):
         if not 1 <= bits <= 8:
-            raise ValueError(f"a channel keeps 1 to 8 of its 8 bits, found bits={bits}")
+            raise ValueError(f"bits per channel must be from 1 to 8, found bits={bits}")
         self.bits = bits
         self.vocab_size = 2 ** (3 * bits)
 
@@ -43,7 +43,7 @@ class ColorTokenizer:
         return (r << 2 * self.bits) | (g << self.bits) | b        # (B, H*W)
 
     def decode(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Tokens (B, H*W) to images (B, 3, H, W), of levels from 0 to 1."""
+        """Tokens (B, height * width) to images (B, 3, height, width) in [0, 1]."""
         if tokens.ndim != 2 or tokens.shape[1] != height * width:
             raise ValueError(f"an image of {height} x {width} has {height * width} "
                              f"pixels, found tokens of shape {tuple(tokens.shape)}")
@@ -54,7 +54,7 @@ class ColorTokenizer:
 
 # %% ../nbs/01_pixel_gpt.ipynb #440a25c5
 class TokenDataset(Dataset):
-    """The images of a data set as sequences: item i is image i as (H*W,) int64."""
+    """The images of a data set as sequences: item i is the tokens (H*W,) int64."""
 
     def __init__(self, dataset: Dataset, tokenizer: ColorTokenizer):
         self.dataset, self.tokenizer = dataset, tokenizer
@@ -75,11 +75,12 @@ def occurrences(values: Tensor, wanted: Tensor) -> Tensor:
 
 def baseline_losses(train: Tensor, val: Tensor, vocab_size: int, columns: int,
                     strength: float = 4.0) -> dict[str, float]:
-    """Cross entropies of `val`, in nats, of predictions that count in `train`.
+    """Cross entropy on `val`, in nats per token, of predictions that count in `train`.
 
-    Both are sequences (B, T) int64 below `vocab_size`, of grids with `columns`. The
-    first token of each is given. Counts back off to the simpler prediction, which
-    weighs as much as `strength` examples.
+    Both are sequences (B, T) of int64 tokens below `vocab_size`, from grids of
+    `columns` columns. The first token of each sequence is given and not predicted.
+    Counts back off to the simpler prediction, which weighs as much as `strength`
+    examples. The keys of the result are the names of the predictions.
     """
     def examples(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         above = F.pad(tokens, (columns, 0), value=vocab_size)[:, 1:-columns]
@@ -92,7 +93,7 @@ def baseline_losses(train: Tensor, val: Tensor, vocab_size: int, columns: int,
     p = torch.full(here.shape, 1 / vocab_size, dtype=torch.float64)
     found = {"uniform": p, "copy": torch.where(
         here == previous, same, (1 - same) / max(1, vocab_size - 1))}
-    both = vocab_size + 1  # one more, for a color above the first row
+    both = vocab_size + 1  # one more value: there is no color above the first row
     for name, context, known in (
             ("unigram", 0 * previous, 0 * seen_previous),
             ("previous", previous, seen_previous),
@@ -106,17 +107,17 @@ def baseline_losses(train: Tensor, val: Tensor, vocab_size: int, columns: int,
 # %% ../nbs/01_pixel_gpt.ipynb #0f93b99d
 @dataclass(kw_only=True)
 class PixelGPTConfig(TransformerConfig):
-    """What a `PixelGPT` draws, and its size. The defaults are the published run's."""
+    """Sizes and options of a `PixelGPT`. The defaults are the published run's."""
 
     size: int = 64  # side of the square image, in pixels
-    bits: int = 4  # bits kept of each channel: 4 give 4096 colors
+    bits: int = 4  # bits per color channel: 4 give 4096 colors
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20011
 class PixelGPT(nn.Module, PyTorchModelHubMixin):
     """A `GPT` over the colors of square images, with its tokenizer.
 
-    `forward(tokens (B, T) int64) -> logits (B, T, V)`: those at position t are of the
-    color at t + 1.
+    `forward(tokens (B, T) int64) -> logits (B, T, V)`: the logits at position t
+    predict the color at t + 1.
     """
 
     def __init__(self, config: PixelGPTConfig):
@@ -132,18 +133,18 @@ class PixelGPT(nn.Module, PyTorchModelHubMixin):
         return self.gpt(tokens)                                   # (B, T, V)
 
     def stream(self, prompt: Tensor | list[Tensor], **options) -> Iterator[Tensor]:
-        """Continue colors (B, T) to whole images, yielding (B, T + 1), ..., (B, H*W).
+        """Continue tokens (B, T) to whole images, yielding (B, T + 1), ..., (B, H*W).
 
-        The options are those of `GPT.stream`.
+        The prompt and the options are those of `GPT.stream`.
         """
         steps = self.length - max((len(row) for row in prompt), default=0)
         return self.gpt.stream(prompt, steps, **options)
 
     def stream_images(self, prompt: Tensor | list[Tensor], blank: float = 0.5,
                       **options) -> Iterator[Tensor]:
-        """Like `generate_images`, yielding the images as they grow.
+        """Like `generate_images`, but yield the images (B, 3, size, size) as they grow.
 
-        Pixels still to come are `blank`.
+        Pixels that are not yet generated have the value `blank` in all channels.
         """
         size = self.config.size
         for tokens in self.stream(prompt, **options):
@@ -154,27 +155,27 @@ class PixelGPT(nn.Module, PyTorchModelHubMixin):
             yield images
 
     def generate_images(self, prompt: Tensor | list[Tensor], **options) -> Tensor:
-        """Continue colors (B, T) int64 to images (B, 3, size, size) in [0, 1].
+        """Continue tokens (B, T) int64 to images (B, 3, size, size) in [0, 1].
 
-        One color is how the published model starts; the tokens of an image's top half
-        are another prompt. The options are those of `GPT.stream`.
+        The published model starts from a single color (T = 1); the tokens of an image's
+        top half also work as a prompt. The options are those of `GPT.stream`.
         """
         tokens = last(self.stream(prompt, **options))
         return self.tokenizer.decode(tokens, self.config.size, self.config.size)
 
 # %% ../nbs/01_pixel_gpt.ipynb #e32d36f0
 def next_pixel_loss(model: PixelGPT, tokens: Tensor) -> Tensor:
-    """Mean cross entropy, in nats, of all tokens (B, T) but the first of each row."""
+    """Mean cross entropy, in nats, of tokens (B, T) except each sequence's first."""
     hidden = model.gpt.hidden(tokens[:, :-1])                     # (B, T - 1, D)
     return linear_cross_entropy(hidden, model.gpt.tokens.weight, tokens[:, 1:])
 
 # %% ../nbs/01_pixel_gpt.ipynb #4f59f0ed
 def explained_by_group(images: Tensor, groups: Tensor) -> Tensor:
-    """The share of the variance of each row's mean color that groups explain: (H,).
+    """Share of the variance of each row's mean color that the groups explain: (H,).
 
-    Images (B, 3, H, W) and a group number for each (B,). This is the eta squared of a
-    one-way analysis of variance, summed over the channels: 1 says that images of one
-    group agree in that row, 0 that the group says nothing about it.
+    `images` are (B, 3, H, W), and `groups` (B,) holds the group number of each. This is
+    the eta squared of a one-way analysis of variance, pooled over the channels: 1 means
+    that the images of a group agree in that row, 0 that the groups do not differ in it.
     """
     rows = images.mean(dim=3)                                     # (B, 3, H)
     total = (rows - rows.mean(dim=0)).square().sum(dim=(0, 1))    # (H,)
@@ -184,10 +185,10 @@ def explained_by_group(images: Tensor, groups: Tensor) -> Tensor:
 
 # %% ../nbs/01_pixel_gpt.ipynb #9bb994eb
 def neighbor_correlation(images: Tensor, lag: int = 1) -> tuple[float, float]:
-    """Correlation of pixels `lag` apart along rows and along columns; 1 means equal.
+    """Correlation of pixels `lag` apart, (along rows, along columns), from -1 to 1.
 
-    Images (B, 3, H, W). The mean color of each is subtracted first, so that light and
-    dark images count alike.
+    Images are (B, 3, H, W). Each image's mean color is subtracted first, so that light
+    and dark images count alike.
     """
     x = images - images.mean(dim=(2, 3), keepdim=True)
 
@@ -200,11 +201,12 @@ def neighbor_correlation(images: Tensor, lag: int = 1) -> tuple[float, float]:
 
 # %% ../nbs/01_pixel_gpt.ipynb #de9de549
 def row_statistics_distance(images: Tensor, reference: Tensor) -> float:
-    """How far apart two sets of images are in what each row looks like: 0 for the same.
+    """Distance between two sets of images in how each row looks: 0 if they agree.
 
-    The root mean square, over rows and channels, of the differences of the mean, the
-    spread between images, and the texture (mean absolute step to the next pixel on the
-    right and below). A crude measure, cheap at any size.
+    Both are (B, 3, H, W) in [0, 1]. It is the root mean square, over rows and channels,
+    of the differences in four statistics: mean, standard deviation between images, and
+    mean absolute difference to the next pixel along the row and along the column. A
+    crude measure, cheap at any size.
     """
 
     def statistics(x: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def row_statistics_distance(images: Tensor, reference: Tensor) -> float:
 
 
 def image_statistics(images: Tensor, reference: Tensor) -> dict[str, float]:
-    """The measures of this chapter, of images (B, 3, H, W) against real ones."""
+    """Chapter 1's measures of images (B, 3, H, W); `reference` holds real images."""
     along_rows, along_columns = neighbor_correlation(images)
     return {"row_statistics_distance": row_statistics_distance(images, reference),
             "correlation_along_rows": along_rows,
@@ -228,11 +230,11 @@ def image_statistics(images: Tensor, reference: Tensor) -> dict[str, float]:
 
 # %% ../nbs/01_pixel_gpt.ipynb #3949b6ec
 class WindowDataset(Dataset):
-    """All `tokens` end to end, cut into windows of `length` and the token that follows.
+    """All `tokens` joined and cut into windows of `length`, each with the next token.
 
     An item is (length + 1,) int64. The published model was trained this way, with
-    `length` one less than the number of pixels. It is kept to show what that does;
-    whole images are better.
+    `length` one less than the number of pixels in an image. This class shows what that
+    does; whole images are better.
     """
 
     def __init__(self, tokens: TokenDataset, length: int):

@@ -20,11 +20,11 @@ from .transformer import check_choices, check_indices, initialize, unwrap
 # %% ../nbs/01_pixel_gpt.ipynb #d0203cff
 def filter_logits(logits: Tensor, top_k: int | None = None,
                   top_p: float | None = None) -> Tensor:
-    """Logits (..., V) with all but the best set to -inf, as a new tensor.
+    """Logits (..., V) with all but the best set to -inf; the input is not modified.
 
     `top_k` keeps the k largest (and ties with the k-th); k >= V keeps all. `top_p` in
-    (0, 1] keeps the smallest set of tokens whose probabilities sum to at least p, and
-    never less than one token (Holtzman et al. 2020, section 3.1).
+    (0, 1] then keeps the smallest set of tokens whose probabilities sum to at least p,
+    and at least one token (Holtzman et al. 2020, section 3.1).
     """
     if top_k is not None:
         if top_k < 1:
@@ -38,7 +38,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None,
                              "leave it out to keep every token")
         best, order = logits.sort(descending=True)
         mass = best.softmax(-1, dtype=torch.float32)
-        drop = mass.cumsum(-1) - mass >= top_p  # the better tokens are already enough
+        drop = mass.cumsum(-1) - mass >= top_p  # likelier ones already reach p
         drop[..., 0] = False
         drop = torch.zeros_like(drop).scatter(-1, order, drop)
         logits = logits.masked_fill(drop, -torch.inf)
@@ -47,13 +47,14 @@ def filter_logits(logits: Tensor, top_k: int | None = None,
 # %% ../nbs/01_pixel_gpt.ipynb #652519dc
 def sample_categorical(probabilities: Tensor,
                        generator: torch.Generator | None = None) -> Tensor:
-    """One index per row of `probabilities` (B, V), drawn in proportion: (B,) int64.
+    """Sample one index per row of `probabilities` (B, V): (B,) int64.
 
-    Rows need not sum to one. A token of probability zero is never drawn.
+    Rows hold nonnegative numbers, which need not sum to one. An index of probability
+    zero is never drawn.
     """
-    if not probabilities.is_cpu:  # parallel sums may not grow from left to right:
+    if not probabilities.is_cpu:  # there, running sums may decrease by rounding
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
-        return (probabilities / noise).argmax(-1)  # race exponentials instead
+        return (probabilities / noise).argmax(-1)  # so use exponential noise instead
     cumulative = probabilities.cumsum(-1)                         # (B, V)
     batch, vocab = cumulative.shape
     # uniform is at most 1 - 2^-24, so this stays below the total, rounding included
@@ -65,10 +66,11 @@ def sample_categorical(probabilities: Tensor,
 def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
            top_p: float | None = None,
            generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token for each row of logits (B, V): (B,) int64.
+    """Sample a token for each row of logits (B, V): (B,) int64.
 
-    Temperature 0 takes the most likely token. ValueError if a row has no largest
-    logit: if one is NaN or infinite, or if none is above minus infinity.
+    The logits are divided by the temperature and then filtered (see `filter_logits`).
+    Temperature 0 takes the most likely token. ValueError if the largest logit of a row
+    is not finite: if one is NaN or infinity, or if all are minus infinity.
     """
     check_temperature(temperature)
     unread = torch.compiler.is_compiling() or isinstance(logits, FakeTensor)
@@ -85,11 +87,12 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 # %% ../nbs/01_pixel_gpt.ipynb #a1c20002
 def start_canvas(prompt: int | Tensor | list[Tensor], length: int, shape: tuple = (),
                  dtype=torch.int64, device=None) -> tuple[Tensor, int | list[int]]:
-    """A canvas of B sequences of `length` that begin with the prompt, and how it does.
+    """A canvas (B, length, *shape) that begins with the prompt, and the prompt's size.
 
-    The prompt is a number of empty sequences, a batch of equally long ones, or a list
-    of sequences of different lengths, with parts of the given shape. Also returns how
-    many parts are given, or a list of that for each sequence.
+    The prompt is the number B of empty sequences, a batch (B, t, *shape), or a list of
+    sequences (t, *shape) of different lengths. The second result is the number t of
+    given parts, or a list of these numbers if they differ. ValueError if the prompt is
+    empty, too long, or of another shape or type.
     """
     if isinstance(prompt, int):
         if prompt < 1:
@@ -99,8 +102,9 @@ def start_canvas(prompt: int | Tensor | list[Tensor], length: int, shape: tuple 
         raise ValueError("the prompt is empty: give at least one sequence")
     lengths = [len(row) for row in prompt]
     if max(lengths) >= length:
-        raise ValueError(f"a prompt of {max(lengths)} leaves nothing to generate: this "
-                         f"sequence has {length} parts, so give at most {length - 1}")
+        raise ValueError(f"a prompt of length {max(lengths)} leaves nothing to "
+                         f"generate: a sequence has {length} parts, so give at most "
+                         f"{length - 1}")
     canvas = torch.zeros(len(prompt), length, *shape, dtype=dtype, device=device)
     for row, known in zip(canvas, prompt, strict=True):
         real = known.is_floating_point() and not dtype.is_floating_point
@@ -121,13 +125,15 @@ def autoregress(
 ) -> Iterator[Tensor]:
     """Fill a canvas (B, T, ...) part by part after the `given` ones, yielding it.
 
-    `embed(start, stop)` makes inputs start to stop - 1 from the canvas, as vectors
-    (B, stop - start, D), of which `lead` stand before the first part. The last hidden
-    state (B, D) of `model.transformer` goes through `head`, and `choose(outputs,
-    position)` makes the part (B, ...) at a position from it. With guidance, `embed`
-    returns 2B rows, the conditional ones first. Without the cache all inputs are read
-    again for each part, with the same result. Yields views (B, position + 1, ...) of
-    the canvas: copy what you keep.
+    `given` is one number or a list with one per sequence, as from `start_canvas`.
+    `embed(start, stop)` returns inputs start to stop - 1 of the transformer, made from
+    the canvas: vectors (B, stop - start, D). The first `lead` inputs precede the first
+    part. `head` maps the last hidden state (B, D) of `model.transformer` to outputs,
+    and `choose(outputs, position)` returns the part (B, ...) at that position. With
+    guidance, `embed` returns 2B rows, the conditional ones first. Without the cache,
+    all inputs are read again for each part; the result is the same. Yields views
+    (B, position + 1, ...) of the canvas: copy what you keep. The model is in eval mode
+    until the generator ends.
     """
     was_training, length = model.training, canvas.shape[1]
     ragged = not isinstance(given, int)
@@ -159,19 +165,20 @@ def autoregress(
 
 # %% ../nbs/01_pixel_gpt.ipynb #d8a2b384
 def last(stream: Iterator[Tensor]) -> Tensor:
-    """A copy of the last of the tensors that a stream yields."""
+    """A copy of the last tensor that a stream yields."""
     return deque(stream, maxlen=1).pop().clone()
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20007
 @dataclass(frozen=True)
 class Guidance:
-    """How far to push samples toward their condition (Ho & Salimans 2022).
+    """Classifier-free guidance: how far to push samples toward their condition.
 
-    Outputs become `unconditional + scale * (conditional - unconditional)`: a scale of 1
-    is the conditional model alone, 0 the unconditional one. "constant" is LlamaGen's
-    schedule; the others rise from 1 at the first position to `scale` at the last:
-    "linear" as MAR's, "cosine" as RAR's and MDTv2's, late and steep for a `power`
-    above 1.
+    Ho & Salimans 2022. Outputs become
+    `unconditional + scale * (conditional - unconditional)`: a scale of 1 is the
+    conditional model alone, 0 the unconditional one. The schedule "constant" is
+    LlamaGen's. The others rise from 1 at the first position to `scale` at the last:
+    "linear" as in MAR, "cosine" as in RAR and MDTv2, where a `power` above 1 makes the
+    rise later and steeper.
     """
 
     scale: float = 1.0
@@ -183,10 +190,10 @@ class Guidance:
         if not 0 <= self.scale < math.inf or not 0 < self.power < math.inf:
             raise ValueError(
                 "guidance needs a scale of at least 0 and a power above 0, found "
-                f"scale={self.scale} and power={self.power}; a scale of 1 is none")
+                f"scale={self.scale} and power={self.power}; scale=1 turns it off")
 
     def at(self, position: int, length: int) -> float:
-        """The scale at a position, counted from 0, of `length`."""
+        """The scale at `position`, counted from 0, of a sequence of `length`."""
         if self.schedule == "constant":
             return self.scale
         share = position / max(1, length - 1)
@@ -195,19 +202,19 @@ class Guidance:
         return 1 + (self.scale - 1) * share
 
     def combine(self, outputs: Tensor, position: int, length: int) -> Tensor:
-        """Outputs (2B, ...), the conditional ones first, to guided ones (B, ...)."""
+        """Guided outputs (B, ...) from outputs (2B, ...), conditional ones first."""
         conditional, unconditional = outputs.chunk(2)
         scale = self.at(position, length)
         return unconditional + scale * (conditional - unconditional)
 
 # %% ../nbs/01_pixel_gpt.ipynb #3d80641e
 class ClassEmbedding(nn.Embedding):
-    """A vector for each of `classes`, and a last one for no class.
+    """A vector for each of `classes` classes, and a last one for "no class".
 
-    Called with labels (B,), or None, and B, it returns vectors (B, D). Labels are 0 to
-    `classes` - 1, or `classes` for no class, as None is. In training a share `dropout`
-    of them becomes no class, so that one model knows images with a class and without
-    (Ho & Salimans 2022, algorithm 1).
+    `embedding(labels, B)` returns vectors (B, D). Labels (B,) are 0 to `classes` - 1,
+    or `classes` for no class; None stands for no class in all B rows. In training,
+    "no class" replaces a share `dropout` of the labels, so that one model learns images
+    with a class and without (Ho & Salimans 2022, algorithm 1).
     """
 
     def __init__(self, classes: int, dim: int, dropout: float):
@@ -216,7 +223,7 @@ class ClassEmbedding(nn.Embedding):
         initialize(self)
 
     def labels(self, labels: Tensor | None, batch: int) -> Tensor:
-        """Checked labels (B,), on the device of the weights. ValueError if wrong."""
+        """Labels (B,) int64, checked (ValueError), on the device of the weights."""
         device = self.weight.device
         if labels is None:
             return torch.full((batch,), self.classes, device=device)
@@ -237,9 +244,10 @@ class ClassEmbedding(nn.Embedding):
 
     def guided(self, labels: Tensor | None, batch: int, guidance: Guidance | None,
                ) -> tuple[Tensor, Guidance | None]:
-        """What a sampler reads: labels (B,), or with guidance these and no class (2B,).
+        """Labels for a sampler and its guidance: (B,), or with guidance (2B,).
 
-        A scale of 1 is no guidance.
+        With guidance, the second half is "no class". A guidance of scale 1 has no
+        effect, so it is treated and returned as None.
         """
         rows = self.labels(labels, batch)
         if guidance is None or guidance.scale == 1:

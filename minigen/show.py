@@ -23,7 +23,7 @@ from .files import atomic_write
 
 
 def to_batch(images):
-    """An image, a list or an array of them as float (B, 3, H, W) on the CPU."""
+    """One or several images as float (B, 3, H, W) on the CPU; uint8 becomes [0, 1]."""
     if isinstance(images, (list, tuple)):
         images = torch.stack([torch.as_tensor(image) for image in images])
     images = torch.as_tensor(images).detach().cpu()
@@ -36,21 +36,22 @@ def to_batch(images):
 
 
 def to_pixels(image):
-    """One image (3, H, W) in [0, 1] as 8-bit values (H, W, 3)."""
+    """One image (3, H, W) in [0, 1] as a uint8 array (H, W, 3)."""
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def image_grid(images: Tensor, columns: int | None = None, scale: int = 1,
                padding: int = 1, background: float = 1.0) -> Image.Image:
-    """Images (B, 3, H, W) in [0, 1] side by side as one `PIL.Image`.
+    """Arrange images (B, 3, H, W) in [0, 1] in a grid, as one `PIL.Image`.
 
-    `columns` is by default the square root of B, rounded up; `padding` (in pixels of
-    the images) separates them; in the end each pixel is enlarged `scale` times.
+    `columns` defaults to the square root of B, rounded up. `padding`, in pixels of the
+    images, separates them, in the gray value `background` from 0 to 1. Finally, each
+    pixel is enlarged `scale` times.
     """
     images = to_batch(images)
     columns = columns or math.ceil(math.sqrt(len(images)))
     grid = make_grid(images, columns, padding, pad_value=background)
-    if len(images) > 1:                     # without the frame around all of them
+    if len(images) > 1:                     # remove the outer frame
         grid = pad(grid, [-padding] * 4)
     grid = Image.fromarray(to_pixels(grid))
     size = (grid.width * scale, grid.height * scale)
@@ -61,7 +62,7 @@ def image_grid(images: Tensor, columns: int | None = None, scale: int = 1,
 
 
 def save_grid(images: Tensor, path: str | os.PathLike, **options) -> None:
-    """Write `image_grid(images, **options)` to `path` in one step."""
+    """Write `image_grid(images, **options)` to `path` atomically."""
     grid = image_grid(images, **options)
     with atomic_write(path) as temporary:
         grid.save(temporary)
@@ -69,18 +70,18 @@ def save_grid(images: Tensor, path: str | os.PathLike, **options) -> None:
 
 def read_grid(path: str | os.PathLike, size: int, scale: int = 1,
               padding: int = 1) -> Tensor:
-    """The images (B, 3, size, size) in [0, 1] of a file that `save_grid` wrote.
+    """Read the images (B, 3, size, size) in [0, 1] of a file that `save_grid` wrote.
 
-    `scale` and `padding` are those of the file; ValueError if they cannot be. Where the
-    last row was not full, images of the background follow.
+    `scale` and `padding` must be those it was written with; ValueError if they do not
+    fit the file. If its last row was not full, blank images fill it up.
     """
     with Image.open(path) as grid:
         pixels = torch.from_numpy(np.array(grid.convert("RGB"))).permute(2, 0, 1) / 255
     side = size + padding
     if any((length + scale * padding) % (scale * side) for length in pixels.shape[1:]):
         raise ValueError(
-            f"expected a grid of images of {size} x {size}, {padding} between them, "
-            f"{scale} times as large; {path} has {pixels.shape[2]} x {pixels.shape[1]}")
+            f"expected a grid of images of {size} x {size}, {padding} pixels apart, "
+            f"enlarged {scale} times; {path} has {pixels.shape[2]} x {pixels.shape[1]}")
     pixels = pad(pixels[:, ::scale, ::scale], (0, padding, 0, padding))
     # (3, rows, columns, side, side)
     cells = pixels.unfold(1, side, side).unfold(2, side, side)
@@ -91,9 +92,10 @@ def show_images(images: Tensor | list[Tensor], titles: list[str] | None = None,
                 columns: int | None = None, size: float = 1.2,
                 suptitle: str | None = None,
                 rows: list[str] | None = None) -> plt.Figure:
-    """A matplotlib figure of images (3, H, W) of any sizes, each `size` inches wide.
+    """Show images (3, H, W) in [0, 1], of any sizes, each `size` inches wide.
 
-    `titles` stand above the first images, `rows` at the left of each row.
+    `titles` go above the images, in order, and `rows` to the left of the rows. By
+    default there are up to 8 columns. Returns the matplotlib figure.
     """
     images = [to_batch(image)[0] for image in images]
     if not images:
@@ -128,7 +130,7 @@ def show_images(images: Tensor | list[Tensor], titles: list[str] | None = None,
 
 def show_rows(rows: dict[str, Tensor], titles: list[str] | None = None,
               **options) -> plt.Figure:
-    """A row of images (n, 3, H, W) beside each name; for the rest see `show_images`."""
+    """Show a row of images (n, 3, H, W) for each name; the rest as in `show_images`."""
     lengths = {len(row) for row in rows.values()}
     if len(lengths) > 1:
         raise ValueError("expected rows of equally many images, found "
@@ -145,7 +147,7 @@ def data_url(image):
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# Scripts of a slider's figure; they find its parts by themselves and need no ids.
+# Scripts of a slider. They find its parts within their figure and need no ids.
 SHOW = """const f=this.closest('figure'),all=f.querySelectorAll('img');
 all.forEach((e,i)=>e.hidden=i!=this.value);
 f.querySelector('output').textContent=all[this.value].alt"""

@@ -54,43 +54,44 @@ from .transformer import check_choice
 # %% ../nbs/02_training.ipynb #f8d5c5b9
 @dataclass(kw_only=True)
 class FitConfig:
-    """How a model is trained. Defaults are nanoGPT's, with a rate for small models."""
+    """Settings of `fit`. Defaults follow nanoGPT, with a rate for small models."""
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 8  # items per batch, over all processes together
     accumulate: int = 1  # batches whose gradients are averaged into one step
     lr: float = 1e-3  # highest learning rate, reached after the warm-up
-    warmup: int = 100  # steps in which the rate rises from zero
-    final_lr: float = 0.1  # share of the highest rate left at the last step
+    warmup: int = 100  # steps in which the learning rate rises from 0
+    final_lr: float = 0.1  # learning rate at the last step, as a share of the highest
     # how the rate falls: half a cosine, a line over the last fifth, or not at all
     lr_decay: Literal["cosine", "linear", "none"] = "cosine"
     weight_decay: float = 0.1  # on matrices only
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's moving averages
-    clip: float = 1.0  # longer gradients are shortened to this norm
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moving averages
+    clip: float = 1.0  # gradients with a larger norm are scaled down to it
     ema: float = 0.999  # decay of the averaged weights, if an `ema_model` is given
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass
     compile: bool = False  # torch.compile the forward and the backward pass
-    seed: int = 0  # of the order of the data
+    seed: int = 0  # of the data order; a training script seeds all random numbers
     eval_steps: tuple[int, ...] = ()  # steps, besides the last, to evaluate at
     save_every: int = 0  # steps between two saved states; 0 saves none
-    workers: int = 0  # processes that load data ahead
-    tensorboard: bool = False  # write TensorBoard's files beside the log
+    workers: int = 0  # processes that load data in the background
+    tensorboard: bool = False  # also write TensorBoard files, beside the log
 
     def __post_init__(self):
-        if hasattr(super(), "__post_init__"):  # a run's config is its model's, too
+        if hasattr(super(), "__post_init__"):  # a run's config inherits from a model's
             super().__post_init__()
         check_settings(self)
 
     def stage(self, step: int) -> tuple[int, int]:
-        """The steps at which the stage of a step begins and ends: all are in one.
+        """The (begin, end) of the stage of a step, with begin < step <= end.
 
-        The rate starts anew in each stage. Chapter 8 trains in several.
+        The learning rate starts anew in each stage. Here all steps are in one stage;
+        chapter 8 trains in several.
         """
         return 0, self.steps
 
 # %% ../nbs/02_training.ipynb #84bfdd1c
 def check_settings(config: FitConfig) -> None:
-    """Raise ValueError if a setting makes no sense."""
+    """Raise ValueError if a setting is unknown or out of range."""
     check_choice("lr_decay", config.lr_decay, ("cosine", "linear", "none"))
     check_choice("precision", config.precision, ("auto", "float32", "bfloat16"))
     check_numbers(config, steps=POSITIVE, batch_size=POSITIVE, accumulate=POSITIVE,
@@ -98,14 +99,15 @@ def check_settings(config: FitConfig) -> None:
                   weight_decay=NOT_NEGATIVE, clip=NOT_NEGATIVE, ema=SHARE,
                   save_every=NOT_NEGATIVE, workers=(0, 1000))
     if min(config.eval_steps, default=1) < 1:
-        raise ValueError(f"eval_steps count from 1, found {tuple(config.eval_steps)}")
+        raise ValueError("eval_steps must be at least 1, found "
+                         f"{tuple(config.eval_steps)}")
     if not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError("betas are shares from 0 to below 1, found "
+        raise ValueError("betas must be from 0 to below 1, found "
                          f"{tuple(config.betas)}")
 
 # %% ../nbs/02_training.ipynb #cff3326a
 def learning_rate(step: int, config: FitConfig) -> float:
-    """The rate at a step counted from 1: linear warm-up, then as `lr_decay` says."""
+    """Learning rate at a step, counted from 1: linear warm-up, then `lr_decay`."""
     begin, end = config.stage(step)
     step, steps = step - begin, end - begin
     if step <= config.warmup:
@@ -120,7 +122,7 @@ def learning_rate(step: int, config: FitConfig) -> float:
 
 # %% ../nbs/02_training.ipynb #5b52886b
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for an optimizer: matrices decay, biases and norm scales not."""
+    """Parameter groups for an optimizer; biases and norm scales are not decayed."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in trained if (p.ndim >= 2) == decayed]
                          for decayed in (True, False))
@@ -130,7 +132,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # %% ../nbs/02_training.ipynb #14140cda
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `ema_model` toward `model`, keeping a share of `decay`.
+    """Update a moving average in place: ema = decay * ema + (1 - decay) * model.
 
     Parameters and floating-point buffers are averaged, so that an averaged encoder
     meets an averaged codebook; other buffers, such as counters, are copied.
@@ -147,10 +149,11 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: Dataset, loss: Callable, batch_size: int,
              seed: int = 0) -> float:
-    """Mean of `loss(model, batch)` over all items of `data`, in eval mode and float32.
+    """Mean of `loss(model, batch)` over all items of `data`, in eval mode.
 
-    A loss that draws at random takes a `generator`, which is seeded here, so that two
-    evaluations see the same numbers.
+    It is computed in the precision of the weights, without autocast. If the loss takes
+    a `generator`, as losses with random numbers do, it gets one seeded with `seed`, so
+    that two evaluations use the same numbers.
     """
     device, was_training = next(model.parameters()).device, model.training
     total, seeded = 0.0, {}
@@ -184,19 +187,19 @@ class Record:
     loss: float  # mean over this step's batches, before the step
     lr: float
     norm: float  # of the gradient, before clipping
-    seconds: float  # of training so far, without what the caller did between steps
-    evaluate: bool = False  # whether this is one of the steps to evaluate at
-    metrics: dict = field(default_factory=dict)  # for the caller to fill, and logged
+    seconds: float  # of training so far, without the caller's work between steps
+    evaluate: bool = False  # whether to evaluate after this step
+    metrics: dict = field(default_factory=dict)  # filled in by the caller, and logged
 
 # %% ../nbs/02_training.ipynb #03eadf3f
 def read_log(folder: Path) -> list[dict]:
-    """The log of a run: one dict per step, with the caller's metrics among the rest."""
+    """The log in a run's folder: one dict per step, including the caller's metrics."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def eval_history(log: list[dict]) -> list[dict]:
-    """The evaluated steps of a log, with the mean training loss up to each."""
+    """The evaluated steps, with metrics and the mean training loss since the last."""
     history, losses = [], []
     for line in log:
         losses.append(line["loss"])
@@ -209,12 +212,12 @@ def eval_history(log: list[dict]) -> list[dict]:
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Drop the lines of a log after `step`, which are about to be repeated."""
+    """Remove the log lines after `step`, because a resumed run repeats those steps."""
     path, kept = folder / "log.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # a kill cut this line short, and it is the last
+        except json.JSONDecodeError:  # the last line, which a kill cut short
             break
         if record["step"] <= step:
             kept.append(line + "\n")
@@ -222,7 +225,7 @@ def cut_log(folder: Path, step: int) -> None:
 
 # %% ../nbs/02_training.ipynb #6812c38a
 def write_record(folder: Path, record: Record, tracker=None) -> None:
-    """Add a line to the log, and its numbers to TensorBoard's files."""
+    """Append a record to the log and, if there is a tracker, to TensorBoard's files."""
     line = {k: v for k, v in asdict(record).items() if k != "metrics"} | record.metrics
     with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
@@ -232,7 +235,7 @@ def write_record(folder: Path, record: Record, tracker=None) -> None:
 
 
 def start_tensorboard(folder: Path, done: int) -> TensorBoardTracker:
-    """accelerate's tracker for `folder/tensorboard`, without what came after `done`."""
+    """accelerate's tracker for `folder/tensorboard`; drops what follows step `done`."""
     try:
         tracker = TensorBoardTracker("tensorboard", folder, purge_step=done + 1)
         tracker.start()
@@ -246,7 +249,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # for any proce
 
 
 class Trainer:
-    """Model, optimizer and processes: takes steps, and knows what a resume needs."""
+    """Model, optimizer and processes: takes steps, saves and restores its state."""
 
     def __init__(self, model: nn.Module, loss: Callable, config: FitConfig,
                  ema_model: nn.Module | None):
@@ -265,7 +268,7 @@ class Trainer:
         if self.sharded and ema_model is not None:
             raise ValueError("averaged weights are not kept of a model that FSDP "
                              "shards: leave `ema_model` out, or use DDP")
-        if self.rank > 0:  # the first draws what a single process would
+        if self.rank > 0:  # rank 0 draws the same random numbers as a single process
             torch.manual_seed(torch.initial_seed() + self.rank)
 
         objective = Objective(deepcopy(model) if self.sharded else model, loss)
@@ -276,7 +279,10 @@ class Trainer:
         self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
 
     def gradient(self, batches: Iterator) -> tuple[float, float]:
-        """Compute the gradient of the next batches: their mean loss, and its norm."""
+        """Compute the gradient over the next batches; return mean loss and norm.
+
+        It takes `accumulate` batches. The norm is that before clipping.
+        """
         self.objective.train()
         total, count = torch.zeros((), device=self.device), self.config.accumulate
         half = self.dtype != torch.float32
@@ -296,7 +302,7 @@ class Trainer:
         return self.accelerator.reduce(total, "mean").item(), norm.item()
 
     def step(self, number: int) -> None:
-        """Take step `number`, counted from 1, along the current gradient."""
+        """Take step `number`, counted from 1, with the current gradient; update EMA."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.config)
         self.optimizer.step()
@@ -306,7 +312,7 @@ class Trainer:
             update_ema(self.ema_model, self.model, decay)
 
     def sync_full_weights(self) -> None:
-        """Copy the weights of a sharded model into the caller's."""
+        """Copy the full weights of a sharded model to the caller's model."""
         if self.sharded:
             full = StateDictOptions(full_state_dict=True)
             weights = get_model_state_dict(self.objective, options=full)
@@ -314,7 +320,7 @@ class Trainer:
                 {name.removeprefix("model."): w for name, w in weights.items()})
 
     def settings(self) -> dict:
-        """What must not change when a run resumes; saving and logging may."""
+        """Settings that must not change when a run resumes; saving and logging may."""
         free = ("save_every", "workers", "tensorboard")
         recipe = {f.name: getattr(self.config, f.name) for f in fields(FitConfig)
                   if f.name not in free}
@@ -323,7 +329,7 @@ class Trainer:
         return {"fit": recipe, "ema": self.ema_model is not None, "model": shape}
 
     def state_dict(self) -> dict:
-        """Weights, moments, averages and random states, also of a sharded model."""
+        """Full weights (even if sharded), optimizer state, EMA and random states."""
         weights, moments = get_state_dict(self.objective, self.optimizer.optimizer,
                                           options=FULL)
         ema = None if self.ema_model is None else self.ema_model.state_dict()
@@ -344,25 +350,28 @@ class Trainer:
             set_random_state(state["random"][self.rank])
         else:
             warnings.warn(f"the run was saved by {len(state['random'])} processes and "
-                          f"there are {self.processes} now: the order of the data "
-                          "stays, but random numbers, as for dropout, will differ",
+                          f"resumes with {self.processes}: the order of the data stays "
+                          "the same, but random numbers, as for dropout, will differ",
                           stacklevel=2)
         self.sync_full_weights()
 
 
 def start_accelerator(device: torch.device) -> Accelerator:
-    """accelerate's view of the processes; the model stays on `device`."""
+    """An Accelerator for the processes; it leaves the model on `device`."""
     state = join_processes(device)
     on_cpus = device.type == "cpu" and state.num_processes > 1
     return Accelerator(cpu=on_cpus, device_placement=False)
 
 # %% ../nbs/02_training.ipynb #5b5abac2
-TERMINATED = 128 + signal.SIGTERM  # the status that a scheduler expects: 143
+TERMINATED = 128 + signal.SIGTERM  # exit status 143, as schedulers expect
 
 
 @contextlib.contextmanager
 def notice_sigterm(processes: int = 1) -> Iterator[list]:
-    """A list that is empty until a run of one process is asked to end by SIGTERM."""
+    """Yield a list that stays empty until SIGTERM arrives.
+
+    Only a single process, in its main thread, catches the signal.
+    """
     asked = []
     alone = threading.current_thread() is threading.main_thread() and processes == 1
     if alone:
@@ -375,7 +384,7 @@ def notice_sigterm(processes: int = 1) -> Iterator[list]:
 
 
 def leave_if(leave: bool) -> None:
-    """End the process, with the status of SIGTERM."""
+    """If `leave`, end the process with exit status 143, that of SIGTERM."""
     if leave:
         print("minigen: ended by SIGTERM; a run continues with --resume",
               file=sys.stderr)
@@ -390,18 +399,19 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
     """Train `model` in place on batches of `data`; yield a `Record` after each step.
 
     `loss(model, batch)` returns a scalar, the mean over the batch. Between steps the
-    caller may evaluate and draw, and put what it finds into `record.metrics`.
-    `ema_model`, a copy of the model, becomes its exponential moving average. With a
-    `folder`, every step is logged to `log.jsonl`, and the complete state is saved every
-    `config.save_every` steps and after the last one; `resume=True` continues from the
-    newest state, exactly, or starts if there is none. `settings` is anything else that
-    must be the same when a run resumes. `before_step(step)` may change the loss, as in
-    stages.
+    caller may evaluate and generate, and put results into `record.metrics`, which are
+    logged. `ema_model`, a copy of the model, becomes its exponential moving average.
+    With a `folder`, every step is logged to `log.jsonl`, and the complete state is
+    saved every `config.save_every` steps and after the last one, or if that is 0, only
+    on SIGTERM. `resume=True` continues exactly from the newest state, or starts from
+    step 1 if there is none. `settings` holds anything else that must not change when a
+    run resumes. `before_step(step)` is called before each step, for example to change
+    the loss.
 
-    Raises FloatingPointError if the loss or its gradient is not finite, before it
-    reaches the weights; OSError if the disk is full; ValueError if a run would be
-    overwritten, resumed with other settings, or divided unevenly; SystemExit after
-    SIGTERM, once the state is saved.
+    Raises FloatingPointError if the loss or its gradient is not finite, before the
+    weights change; OSError if the disk is full; ValueError if a run would be
+    overwritten or resumed with other settings, or if the processes cannot divide a
+    batch evenly; SystemExit after SIGTERM, once the state is saved.
     """
     folder = None if folder is None else Path(folder)
     trainer = Trainer(model, loss, config, ema_model)
@@ -428,8 +438,8 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
             if not (math.isfinite(value) and math.isfinite(norm)):
                 raise FloatingPointError(
                     f"at step {step} the loss is {value} and the norm of its gradient "
-                    f"{norm}; the run stops before that reaches the weights: check "
-                    f"the batch, try a learning rate below {config.lr}; "
+                    f"{norm}; the run stopped before changing the weights: check "
+                    f"the batch or try a learning rate below {config.lr}; "
                     f"{resume_hint(folder)}")
             trainer.step(step)
             evaluate_now = step in config.eval_steps or step == config.steps
@@ -460,9 +470,9 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
 # %% ../nbs/02_training.ipynb #de04bafc
 def progress(records: Iterable[Record], steps: int, per_step: int, description: str,
              unit: str = "tokens") -> Iterator[Record]:
-    """Pass records on under a bar with the loss, the rate and the time left.
+    """Yield the records of `fit`, showing a progress bar with loss, speed, time left.
 
-    `per_step` is how many of `unit`, such as tokens, a step has.
+    `per_step` is the number of units, such as tokens, in a step.
     """
     quiet = {} if is_main_process() else {"disable": True}
     with tqdm(total=steps, desc=description, mininterval=0.5, **quiet) as bar:

@@ -21,20 +21,21 @@ from .checks import POSITIVE, SHARE, check_numbers
 # %% ../nbs/01_pixel_gpt.ipynb #f47006ae
 @dataclass(kw_only=True)
 class TransformerConfig:
-    """The shape of a `Transformer`. The defaults are those of the published model."""
+    """Sizes and options of a `Transformer`. The defaults are nanoGPT-BMP's."""
 
-    depth: int = 4  # blocks, one after the other
+    depth: int = 4  # number of blocks
     heads: int = 4  # N: attention heads in each block
     dim: int = 128  # D: width of the residual stream
-    dropout: float = 0.0  # small models that see each image a few times need none
-    attention_dropout: float | None = None  # of attention's weights; None: as `dropout`
-    drop_path: float = 0.0  # share of images that skip a layer of the last block
-    bias: bool = False  # in Linear and LayerNorm: GPT-2 has them, nanoGPT does not
-    norm: Literal["layer", "rms"] = "layer"  # GPT-2's, or Llama's
-    mlp: Literal["gelu", "swiglu"] = "gelu"  # GPT-2's, or Llama's
-    mlp_multiple: int = 256  # swiglu: its hidden width is rounded up to a multiple
-    qk_norm: bool = False  # a norm of each query and key, as Chameleon has it
-    positions: Literal["learned", "rowcol", "rope2d", "none"] = "learned"  # or a grid's
+    dropout: float = 0.0  # share of activations zeroed in training; short runs need 0
+    attention_dropout: float | None = None  # of attention weights; None means `dropout`
+    drop_path: float = 0.0  # stochastic depth: rate in the last block, rising from 0
+    bias: bool = False  # biases in Linear and LayerNorm; nanoGPT trains without them
+    norm: Literal["layer", "rms"] = "layer"  # LayerNorm (GPT-2) or RMSNorm (Llama)
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # GELU (GPT-2) or SwiGLU (Llama)
+    mlp_multiple: int = 256  # swiglu: round its hidden width up to a multiple of this
+    qk_norm: bool = False  # normalize each query and key, as Chameleon does
+    # a learned vector per position or per row and column, 2D rotary, or none
+    positions: Literal["learned", "rowcol", "rope2d", "none"] = "learned"
 
     def __post_init__(self):
         check_choices(self)
@@ -45,19 +46,19 @@ class TransformerConfig:
             raise ValueError(f"dim {self.dim} cannot be split among {self.heads} "
                              f"heads; up to that number, {fits} divide it")
         if not 0 <= self.drop_path < 1:
-            raise ValueError("drop_path is a share of the images, from 0 to below 1, "
+            raise ValueError("drop_path must be a rate from 0 to below 1, "
                              f"found {self.drop_path}")
 
 # %% ../nbs/01_pixel_gpt.ipynb #580bead0
 def check_choices(config) -> None:
-    """Raise ValueError if a field of a dataclass is not one of its Literal's values."""
+    """Raise ValueError unless every `Literal` field holds one of its allowed values."""
     for field in fields(config):
         if get_origin(field.type) is Literal:
             check_choice(field.name, getattr(config, field.name), get_args(field.type))
 
 
 def check_choice(name: str, value, choices: tuple) -> None:
-    """Raise ValueError if a value is not one of the choices."""
+    """Raise ValueError, which names the setting, unless `value` is in `choices`."""
     if value not in choices:
         known = ", ".join(map(str, choices))
         raise ValueError(f"{name} must be one of {known}, found {value!r}")
@@ -66,8 +67,8 @@ def check_choice(name: str, value, choices: tuple) -> None:
 class KVCache:
     """Keys and values of the positions already read, one preallocated pair per layer.
 
-    `keys[layer]` and `values[layer]` have shape (B, N, length, D/N); their first
-    `filled` positions are written.
+    `keys[layer]` and `values[layer]` have shape (B, N, length, D/N); only their first
+    `filled` positions hold data.
     """
 
     def __init__(self, config: TransformerConfig, batch: int, length: int,
@@ -79,7 +80,10 @@ class KVCache:
         self.length, self.filled = length, 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, N, T, D/N) behind the others; return them all."""
+        """Append keys and values (B, N, T, D/N); return all (B, N, filled + T, D/N).
+
+        `filled` stays the same: the model raises it after its last layer.
+        """
         start, new = self.filled, keys.shape[2]
         self.keys[layer].narrow(2, start, new).copy_(keys)
         self.values[layer].narrow(2, start, new).copy_(values)
@@ -89,10 +93,10 @@ class KVCache:
 # %% ../nbs/01_pixel_gpt.ipynb #34cd3274
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
            **options) -> Tensor:
-    """PyTorch's fused attention of queries (B, N, T, D/N) to keys (B, N, S, D/N).
+    """PyTorch's fused attention: queries (B, N, T, D/N), keys, values (B, N, S, D/N).
 
-    In training in bfloat16 on a CPU it computes in float32, where PyTorch's backward
-    pass is faster.
+    Returns (B, N, T, D/N). Training in bfloat16 on a CPU is computed in float32, where
+    PyTorch's backward pass is faster.
     """
     slow = v.requires_grad and v.device.type == "cpu" and v.dtype == torch.bfloat16
     if not slow:
@@ -104,10 +108,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 # %% ../nbs/01_pixel_gpt.ipynb #8f8cf900
 class Attention(nn.Module):
-    """Each position attends to itself and, if `causal`, only to those before it.
+    """Multi-head attention; if `causal`, a position sees only itself and earlier ones.
 
     Vaswani et al. 2017, section 3.2. A `mask` (..., T, S) is True where position t may
-    attend to s, and then stands for `causal`, too.
+    attend to position s; it replaces the causal mask.
     """
 
     def __init__(self, config: TransformerConfig, causal: bool = True):
@@ -141,7 +145,7 @@ class Attention(nn.Module):
 
 # %% ../nbs/01_pixel_gpt.ipynb #94abcb02
 class MLP(nn.Module):
-    """GPT-2's feed-forward layer: two linear layers, four times as wide between."""
+    """GPT-2's feed-forward layer: linear to width 4 D, GELU, linear back to D."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -163,7 +167,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(config), make_mlp(config)
         self.drop_path = 0.0  # share of images that skip a layer in training
 
-    def forward(self, x: Tensor, *context) -> Tensor:  # what attention needs besides x
+    def forward(self, x: Tensor, *context) -> Tensor:  # context goes to attention
         skip = self.drop_path if self.training else 0.0
         x = x + drop_path(self.attention(self.norm1(x), *context), skip)
         return x + drop_path(self.mlp(self.norm2(x)), skip)   # (B, T, D)
@@ -172,7 +176,7 @@ class Block(nn.Module):
 class Positions(nn.Module):
     """A learned vector per position, or the sum of one per row and one per column.
 
-    Called with the first and the last position plus one, it returns (T, D).
+    `positions(start, end)` returns the vectors of positions start to end - 1, (T, D).
     """
 
     def __init__(self, config: TransformerConfig, length: int, columns: int | None):
@@ -193,7 +197,7 @@ class Positions(nn.Module):
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d01e53
 def initialize(module: nn.Module) -> None:
-    """Give the weights of a Linear or Embedding GPT-2's initial values."""
+    """Initialize a Linear or Embedding as in GPT-2: N(0, 0.02^2), biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -201,18 +205,18 @@ def initialize(module: nn.Module) -> None:
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d01e52
 class Transformer(nn.Module):
-    """From vectors to vectors: positions, blocks, a last norm.
+    """Position vectors, blocks and a final norm: maps (B, T, D) to (B, T, D).
 
-    It has `length` positions, laid out in rows of `columns` where the configuration's
-    positions are those of a grid; `prefix` rotary ones precede the grid.
+    It has `length` positions. With "rowcol" and "rope2d" they form a grid that is
+    `columns` wide; with "rope2d", the first `prefix` positions precede the grid.
     """
 
     def __init__(self, config: TransformerConfig, length: int,
                  columns: int | None = None, causal: bool = True, prefix: int = 0):
         super().__init__()
         if config.positions in ("rowcol", "rope2d") and not columns:
-            raise ValueError(f"positions {config.positions!r} are those of a grid: "
-                             "say how many columns it has")
+            raise ValueError(f"positions {config.positions!r} need a grid, but columns "
+                             f"is {columns}: say how many columns it has")
         self.config, self.length, self.dropout = config, length, config.dropout
         self.positions, table = None, None
         if config.positions == "rope2d":
@@ -226,28 +230,32 @@ class Transformer(nn.Module):
         self.apply(initialize)
         for n, block in enumerate(self.blocks):  # deeper ones are skipped more often
             block.drop_path = config.drop_path * n / max(1, config.depth - 1)
-        for block in self.blocks:  # 2 * depth of them add up (GPT-2, section 2.3)
+        for block in self.blocks:  # 2 * depth layers add up (GPT-2, section 2.3)
             for added in (block.attention.proj, block.mlp.down):
                 nn.init.normal_(added.weight, std=0.02 / (2 * config.depth) ** 0.5)
 
     def cache(self, batch: int, length: int | None = None) -> KVCache:
-        """An empty cache for `length` positions (by default all), like the weights."""
+        """An empty cache for `batch` sequences of `length` positions (default: all).
+
+        It has the device and the dtype of the weights.
+        """
         weight = self.norm.weight
         return KVCache(self.config, batch, length or self.length,
                        weight.device, weight.dtype)
 
     def forward(self, x: Tensor, cache: KVCache | None = None,
                 mask: Tensor | None = None, rope: Tensor | None = None) -> Tensor:
-        """Vectors (B, T, D), which follow those in the cache, to hidden states.
+        """Map vectors (B, T, D), which follow those in the cache, to hidden states.
 
-        These are (B, T, D). `rope` (T, D/N/2, 2) replaces the model's own table of
-        rotary positions.
+        Returns (B, T, D). `mask` (..., T, S) is True where position t may attend to s,
+        with S counting the cached positions, too. `rope` (T, D/N/2, 2) replaces the
+        model's own table of rotary positions. ValueError if the sequence is too long.
         """
         T, start = x.shape[1], 0 if cache is None else cache.filled
         end = start + T
         if end > self.length:
-            raise ValueError(f"a sequence of {end} does not fit: this model has "
-                             f"positions for {self.length}")
+            raise ValueError(f"a sequence of length {end} does not fit: this model has "
+                             f"{self.length} positions")
         if self.positions is not None:
             x = x + self.positions(start, end)                # (B, T, D)
         if rope is None and self.rope is not None:
@@ -263,10 +271,11 @@ class Transformer(nn.Module):
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d2000a
 def unwrap(module: nn.Module) -> Callable:
-    """The forward pass of `module`, without the overhead of modules and their hooks.
+    """A function that runs `module.forward` without the overhead of modules and hooks.
 
-    The same code runs with plain objects in place of modules and with the same weights.
-    Meant for single vectors, where the overhead is a quarter of the time.
+    It runs the same code on plain objects that share the weights. Hooks are skipped,
+    and train or eval mode is the one at the time of this call. Meant for single
+    vectors, where the overhead is about a quarter of the time.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.Linear):
@@ -285,10 +294,11 @@ def unwrap(module: nn.Module) -> Callable:
 
 # %% ../nbs/01_pixel_gpt.ipynb #b7d20001
 class SwiGLU(nn.Module):
-    """Llama's feed-forward layer: SiLU of one linear layer gates another.
+    """Llama's feed-forward layer: the SiLU of one linear layer gates another.
 
-    Shazeer 2020. It has two thirds of GPT-2's hidden width, so that three matrices
-    hold as many weights as two, rounded up to a multiple of `mlp_multiple`.
+    Shazeer 2020. The hidden width is two thirds of GPT-2's 4 D, so that its three
+    matrices have as many weights as GPT-2's two. It is rounded up to a multiple of
+    `mlp_multiple`.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -305,12 +315,12 @@ class SwiGLU(nn.Module):
 
 
 def make_mlp(config: TransformerConfig) -> nn.Module:
-    """The feed-forward layer that a configuration asks for."""
+    """The feed-forward layer that `config.mlp` names."""
     return SwiGLU(config) if config.mlp == "swiglu" else MLP(config)
 
 
 def make_norm(config: TransformerConfig, dim: int | None = None) -> nn.Module:
-    """The norm that a configuration asks for, of vectors of its width or another."""
+    """The norm that `config.norm` names, for vectors of width `dim` (default: D)."""
     dim = dim or config.dim
     if config.norm == "rms":
         return nn.RMSNorm(dim, eps=1e-5)
@@ -318,9 +328,10 @@ def make_norm(config: TransformerConfig, dim: int | None = None) -> nn.Module:
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:
-    """What a layer adds, (B, ...): zero for a share of the images, larger for others.
+    """Stochastic depth (Huang et al. 2016): zero x (B, ...) for some of the images.
 
-    Stochastic depth (Huang et al. 2016); the mean stays the same.
+    `rate` is the probability of that. The other images are divided by 1 - rate, so the
+    expected value stays the same.
     """
     if not rate:
         return x
@@ -332,9 +343,10 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 def rope_table(rows: int, columns: int, dim: int, prefix: int = 0) -> Tensor:
     """Cosines and sines of LlamaGen's 2-D rotary positions: (positions, dim/2, 2).
 
-    The first half of a head's `dim` numbers turns with the row, the second with the
-    column. The `prefix` positions before the grid have rows of zeros, as in the
-    published code, where the query and key of the class therefore vanish.
+    There are prefix + rows * columns positions. The first half of a head's `dim`
+    numbers is rotated by the row, the second by the column. The `prefix` positions
+    before the grid get zeros, as in the published code, so the query and the key of
+    the class token become zero.
     """
     if dim % 4:
         raise ValueError(f"2-D rotary positions need heads of a multiple of 4 numbers, "
@@ -349,7 +361,7 @@ def rope_table(rows: int, columns: int, dim: int, prefix: int = 0) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn pairs of numbers of x (B, N, T, D) by the angles in `rope` (T, D/2, 2)."""
+    """Rotate adjacent pairs in x (B, N, T, D) by the angles in `rope` (T, D/2, 2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)            # (B, N, T, D/2)
     cos, sin = rope.unbind(-1)
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -359,11 +371,11 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 def check_indices(indices: Tensor, count: int, what: str) -> None:
     """Raise ValueError unless indices are whole numbers from 0 to count - 1.
 
-    `what` names them. Values are not read while compiling, nor of fake tensors, which
-    have none.
+    `what` names them in the message. The range is not checked while compiling or for
+    fake tensors, which have no values.
     """
     if indices.dtype == torch.bool or indices.dtype.is_floating_point:
-        raise ValueError(f"{what} are whole numbers, found {indices.dtype}")
+        raise ValueError(f"{what} must be whole numbers, found {indices.dtype}")
     unread = torch.compiler.is_compiling() or isinstance(indices, FakeTensor)
     if unread or not indices.numel():
         return

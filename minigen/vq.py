@@ -35,34 +35,41 @@ from .transformer import check_choices, check_indices
 # %% ../nbs/04_vq_tokenizer.ipynb #97133dc3
 @torch.no_grad()
 def nearest_code(vectors: Tensor, codebook: Tensor, rows: int | None = None) -> Tensor:
-    """The row of `codebook` (K, d) nearest to each of `vectors` (N, d): (N,) int64.
+    """The index (N,) int64 of the row of `codebook` (K, d) nearest to each vector.
 
-    Computed in float32, `rows` vectors at a time. The first of equally near rows wins.
+    `vectors` is (N, d). Computed in float32, `rows` vectors at a time (by default as
+    many as suit the device). Among equally near rows, the first wins.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         vectors, codebook = vectors.float(), codebook.float()
         half = codebook.square().sum(dim=1) / 2                       # (K,)
-        if rows is None:  # scores that fit into a CPU's cache, or keep a GPU busy
+        if rows is None:  # so that scores fit into a CPU's cache, or keep a GPU busy
             rows = max(1, 2 ** (18 if vectors.is_cpu else 26) // len(codebook))
         nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
         buffer = vectors.new_empty(min(rows, len(vectors)), len(codebook))
         for start in range(0, len(vectors), rows):
             part = vectors[start : start + rows]
-            scores = buffer[: len(part)]  # allocating can take as long as the search
+            scores = buffer[: len(part)]  # reused: allocating can cost a whole search
             torch.addmm(half, part, codebook.T, beta=-1, out=scores)      # (rows, K)
             nearest[start : start + rows] = scores.argmax(dim=1)
         return nearest
 
 # %% ../nbs/04_vq_tokenizer.ipynb #16ba8dba
 def sum_by_code(vectors: Tensor, tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How many of vectors (N, d) chose each code, (size,), and their sum, (size, d)."""
+    """The number (size,) and the sum (size, d) of the vectors that chose each code.
+
+    `vectors` is (N, d); `tokens` (N,) int64 holds the code that each of them chose.
+    """
     total = vectors.new_zeros(size, vectors.shape[1]).index_add_(0, tokens, vectors)
     ones = vectors.new_ones(len(tokens))
     return vectors.new_zeros(size).index_add_(0, tokens, ones), total
 
 # %% ../nbs/04_vq_tokenizer.ipynb #ebf4cfa3
 def kmeans(vectors: Tensor, centers: Tensor, rounds: int = 10) -> Tensor:
-    """Lloyd's algorithm from `centers` (K, d); one that no vector is near to stays."""
+    """The centers (K, d) after `rounds` rounds of Lloyd's algorithm on vectors (N, d).
+
+    It starts from `centers` (K, d). A center without vectors stays where it is.
+    """
     for _ in range(rounds):
         nearest = nearest_code(vectors, centers)
         count, total = sum_by_code(vectors, nearest, len(centers))
@@ -71,21 +78,24 @@ def kmeans(vectors: Tensor, centers: Tensor, rounds: int = 10) -> Tensor:
 
 # %% ../nbs/04_vq_tokenizer.ipynb #7b50e779
 class Quantized(NamedTuple):
-    """What a quantizer makes of vectors (B, h, w, d)."""
+    """A quantizer's output for vectors (B, h, w, d)."""
 
     vectors: Tensor  # (B, h, w, d): the codes, with straight-through gradients
-    tokens: Tensor  # (B, h, w) int64: the numbers of the codes
-    loss: Tensor  # scalar, to be added to the loss of the images
+    tokens: Tensor  # (B, h, w) int64: the indices of the codes
+    loss: Tensor  # scalar, to add to the reconstruction loss
 
 # %% ../nbs/04_vq_tokenizer.ipynb #72178b2d
 class VectorQuantizer(nn.Module):
     """Replace each vector by the nearest of K codes (van den Oord et al. 2017).
 
-    The codebook learns by gradient or, with a `decay`, as the moving average of the
-    vectors that choose each code (appendix A.1). `kmeans` initializes it by the first
-    batch. Codes chosen less often than `dead_code_threshold` times evenly move to
-    random vectors of the batch. `normalize` puts vectors and codes on the unit sphere
-    (Yu et al. 2022, section 3.2). Each process learns from the vectors of all.
+    Called with vectors (B, h, w, d), it returns a `Quantized`. The codebook learns by
+    gradient or, with a `decay`, as the moving average of the vectors that choose each
+    code (appendix A.1). `kmeans` initializes it from the first training batch. A code
+    whose average use falls below `dead_code_threshold` times an even share moves to a
+    random vector of the batch. `normalize` puts vectors and codes on the unit sphere
+    (Yu et al. 2022, section 3.2), and `commitment` is the weight of the loss that keeps
+    vectors near their codes. If several processes train together, each learns from the
+    vectors of all of them.
     """
 
     def __init__(self, codebook_size: int, codebook_dim: int,
@@ -101,17 +111,19 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-            self.register_buffer("embed_avg", codebook.clone()) # sum of its vectors
-        self.register_buffer("cluster_size", torch.ones(codebook_size))  # their number
+            # moving average of the sum of the vectors that choose each code ...
+            self.register_buffer("embed_avg", codebook.clone())
+        # ... and of their number
+        self.register_buffer("cluster_size", torch.ones(codebook_size))
         self.register_buffer("needs_init", torch.tensor(kmeans))
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., d) as they are compared: in float32, perhaps on the sphere."""
+        """Vectors (..., d) in float32, scaled to length 1 if `normalize` is set."""
         vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The codes (..., d) of tokens (...) int64."""
+        """The codes (..., d) for tokens (...) int64."""
         return F.embedding(tokens, self.project(self.codebook))
 
     def forward(self, z: Tensor) -> Quantized:
@@ -132,7 +144,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, vectors: Tensor) -> None:
-        """Move the codes to the cluster centers of vectors (N, d)."""
+        """Set the codebook to the k-means centers of vectors (N, d)."""
         order = broadcast(torch.randperm(len(vectors), device=vectors.device))
         first = torch.arange(self.codebook_size, device=vectors.device) % len(vectors)
         self.codebook.copy_(kmeans(vectors, vectors[order[first]]))
@@ -142,7 +154,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, tokens: Tensor) -> None:
-        """Learn from vectors (N, d) that chose `tokens` (N,); reuse dead codes."""
+        """Update averages and codes from vectors (N, d) and their `tokens` (N,).
+
+        Then restart dead codes at random vectors.
+        """
         decay, even = self.decay or 0.99, len(tokens) / self.codebook_size
         count, total = sum_by_code(vectors, tokens, self.codebook_size)
         self.cluster_size.lerp_(count, 1 - decay)
@@ -155,14 +170,18 @@ class VectorQuantizer(nn.Module):
             self.cluster_size.masked_fill_(dead, even)
             drawn = torch.randint(len(vectors), dead.shape, device=vectors.device)
             dead, fresh = dead[:, None], vectors[broadcast(drawn)]    # (K, 1), (K, d)
-            # `data`, because autograd does not need the codes that are replaced
+            # by `data`: autograd may have saved the codebook and would reject a change
             self.codebook.data.copy_(torch.where(dead, fresh, self.codebook))
             if self.decay is not None:
                 self.embed_avg.copy_(torch.where(dead, fresh * even, self.embed_avg))
 
 
 def all_gather(values: Tensor) -> Tensor:
-    """The rows of all processes, which share a batch in turn, in its order."""
+    """The rows (B, ...) of all W processes, interleaved: (B W, ...).
+
+    This is the order of their common batch, of which process p reads every W-th item
+    from item p on. Without distributed training, `values` comes back as it is.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return values
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -171,7 +190,7 @@ def all_gather(values: Tensor) -> Tensor:
 
 
 def broadcast(values: Tensor) -> Tensor:
-    """The values of the first process, in every process."""
+    """Overwrite `values` with those of process 0, and return them."""
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(values, 0)
     return values
@@ -180,7 +199,8 @@ def broadcast(values: Tensor) -> Tensor:
 class FSQ(nn.Module):
     """Finite scalar quantization (Mentzer et al. 2023): the codes are a fixed grid.
 
-    Each of d numbers is bounded and rounded to one of `levels[i]` values in [-1, 1].
+    Called with vectors (B, h, w, d), it returns a `Quantized` whose loss is 0. Number i
+    of a vector is bounded and rounded to one of `levels[i]` values in [-1, 1].
     """
 
     def __init__(self, levels: tuple[int, ...]):
@@ -191,13 +211,16 @@ class FSQ(nn.Module):
         self.register_buffer("basis", torch.tensor(basis), persistent=False)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Squeeze (..., d) so that rounding gives `levels` values (appendix A.1)."""
+        """Squash (..., d) so that number i rounds to one of `levels[i]` integers.
+
+        As in appendix A.1, but with `atanh` for `tan`, and 1 + eps for 1 - eps.
+        """
         half = (self.levels - 1) * (1 + 1e-3) / 2                     # (d,)
-        offset = 0.5 * (self.levels % 2 == 0)  # even ones are not symmetric
+        offset = 0.5 * (self.levels % 2 == 0)  # an even number of levels is asymmetric
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The codes (..., d), in [-1, 1], of tokens (...) int64."""
+        """The codes (..., d), in [-1, 1], for tokens (...) int64."""
         digits = tokens[..., None] // self.basis % self.levels
         return (digits - self.levels // 2) / (self.levels // 2)
 
@@ -211,27 +234,28 @@ class FSQ(nn.Module):
             return Quantized(vectors, tokens, bounded.new_zeros(()))
 
 # %% ../nbs/04_vq_tokenizer.ipynb #f9c67cfb
-MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}  # of `channels`
+# For each `downsample`, the widths of the resolutions as multiples of `channels`.
+MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
 
 
 @dataclass(kw_only=True)
 class VQConfig:
-    """The shape of a `VQModel`. `LLAMAGEN` has the published sizes."""
+    """The sizes and the quantizer of a `VQModel`; `LLAMAGEN` has the published ones."""
 
-    downsample: Literal[4, 8, 16] = 8  # side of the square of pixels that is one token
+    downsample: Literal[4, 8, 16] = 8  # side of a token's square, in pixels
     channels: int = 32  # width of the convolutions at full resolution
     blocks: int = 1  # residual blocks per resolution; the decoder has one more
-    z_channels: int = 64  # channels between the networks and the codes
-    dropout: float = 0.0  # share of activations dropped inside the residual blocks
+    z_channels: int = 64  # width before the projection to codes and after the one back
+    dropout: float = 0.0  # dropout probability inside the residual blocks
     quantizer: Literal["ema", "gradient", "fsq"] = "ema"  # how the codebook learns
-    codebook_size: int = 1024  # K; for fsq the product of `levels`
-    codebook_dim: int = 8  # d, numbers in a code; for fsq the length of `levels`
-    normalize: bool = False  # vectors and codes on the unit sphere
-    kmeans: bool = True  # initialize the codebook by k-means of the first batch
-    dead_code_threshold: float = 0.1  # replace codes used less than this times evenly
-    decay: float = 0.99  # ema: share of the averages kept at each step
-    commitment: float = 0.25  # weight of the loss that keeps the encoder near its codes
-    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: values of each number
+    codebook_size: int = 1024  # K: number of codes; for fsq the product of `levels`
+    codebook_dim: int = 8  # d: numbers per code; for fsq the length of `levels`
+    normalize: bool = False  # put vectors and codes on the unit sphere
+    kmeans: bool = True  # initialize the codebook by k-means on the first batch
+    dead_code_threshold: float = 0.1  # restart codes below this part of an even share
+    decay: float = 0.99  # ema: decay of the moving averages at each step
+    commitment: float = 0.25  # weight of the loss that keeps vectors near their codes
+    levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: how many values each number can take
 
     def __post_init__(self):
         check_choices(self)
@@ -244,7 +268,7 @@ class VQConfig:
         if min(self.codebook_size, self.codebook_dim) < 1:
             raise ValueError("codebook_size and codebook_dim must be at least 1, found "
                              f"{self.codebook_size} and {self.codebook_dim}")
-        if self.channels < 1 or self.channels % 4:  # the groups of the norms
+        if self.channels < 1 or self.channels % 4:  # for group norm
             raise ValueError(f"channels must be a multiple of 4, found {self.channels}")
         check_numbers(self, blocks=POSITIVE, z_channels=POSITIVE, dropout=SHARE,
                       dead_code_threshold=NOT_NEGATIVE, decay=SHARE,
@@ -258,7 +282,10 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a skip connection, 1 x 1 where the width changes."""
+    """Two convolutions and a skip connection: (B, before, H, W) to (B, after, H, W).
+
+    Where the width changes, the skip connection is a 1 x 1 convolution.
+    """
 
     def __init__(self, before: int, after: int, dropout: float = 0.0):
         super().__init__()
@@ -274,7 +301,7 @@ class ResidualBlock(nn.Module):
 
 # %% ../nbs/04_vq_tokenizer.ipynb #b2e3e00a
 class AttentionBlock(nn.Module):
-    """Each position of a small image attends to all of them, with one head."""
+    """Single-head self-attention among all positions of a feature map (B, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -290,21 +317,21 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Pad one row of zeros below and one column on the right, then convolve."""
+    """Halve both sides: pad zeros below and on the right, then convolve with stride."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
-    """Repeat each pixel in both directions, then convolve."""
+    """Double both sides by repeating pixels, then convolve."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 # %% ../nbs/04_vq_tokenizer.ipynb #d38e0219
 def make_quantizer(config: VQConfig) -> nn.Module:
-    """The quantizer that a configuration asks for."""
+    """The quantizer that `config` describes: an `FSQ` or a `VectorQuantizer`."""
     if config.quantizer == "fsq":
         return FSQ(config.levels)
     decay = config.decay if config.quantizer == "ema" else None
@@ -314,7 +341,7 @@ def make_quantizer(config: VQConfig) -> nn.Module:
 
 
 def level(before: int, after: int, blocks: int, attention: bool, dropout: float):
-    """The layers at one resolution: residual blocks, each perhaps with attention."""
+    """Layers of one resolution: residual blocks, with attention after each if set."""
     layers = []
     for n in range(blocks):
         layers.append(ResidualBlock(before if n == 0 else after, after, dropout))
@@ -330,7 +357,7 @@ def middle(channels: int, dropout: float) -> list[nn.Module]:
 
 
 def make_encoder(config: VQConfig) -> nn.Sequential:
-    """Images (B, 3, H, W) in [-1, 1] to vectors (B, d, h, w): LlamaGen's encoder."""
+    """LlamaGen's encoder: images (B, 3, H, W) in [-1, 1] to vectors (B, d, h, w)."""
     widths = [config.channels * m for m in MULTIPLIERS[config.downsample]]
     layers = [nn.Conv2d(3, config.channels, 3, padding=1)]
     for n, (before, after) in enumerate(pairwise([config.channels, *widths])):
@@ -345,7 +372,7 @@ def make_encoder(config: VQConfig) -> nn.Sequential:
 
 
 def make_decoder(config: VQConfig) -> nn.Sequential:
-    """Codes (B, d, h, w) to images (B, 3, H, W), roughly in [-1, 1]."""
+    """LlamaGen's decoder: codes (B, d, h, w) to images (B, 3, H, W), about [-1, 1]."""
     widths = [config.channels * m for m in MULTIPLIERS[config.downsample]][::-1]
     layers = [nn.Conv2d(config.codebook_dim, config.z_channels, 1),
               nn.Conv2d(config.z_channels, widths[0], 3, padding=1)]
@@ -358,15 +385,18 @@ def make_decoder(config: VQConfig) -> nn.Sequential:
 
 # %% ../nbs/04_vq_tokenizer.ipynb #c7af962d
 class Reconstruction(NamedTuple):
-    """What a tokenizer makes of images (B, 3, H, W) in training."""
+    """The output of `VQModel.forward` for images (B, 3, H, W) in [0, 1]."""
 
     images: Tensor  # (B, 3, H, W), roughly in [0, 1]
     tokens: Tensor  # (B, h, w) int64
-    loss: Tensor  # the quantizer's, scalar
+    loss: Tensor  # scalar: the quantizer's loss
 
 
 class VQModel(nn.Module, PyTorchModelHubMixin):
-    """A tokenizer: images (B, 3, H, W) in [0, 1] to tokens (B, h, w) int64 and back."""
+    """A tokenizer: images (B, 3, H, W) in [0, 1] to tokens (B, h, w) int64 and back.
+
+    Use `encode` and `decode`. `forward`, for training, makes a `Reconstruction`.
+    """
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -377,11 +407,14 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     @property
     def codebook_size(self) -> int:
-        """K: how many tokens there are."""
+        """K: the number of different tokens."""
         return self.config.codebook_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of an image; ValueError if it has no such grid."""
+        """Rows and columns of tokens for an image of `height` x `width` pixels.
+
+        ValueError unless both sides are multiples of `downsample`.
+        """
         f = self.config.downsample
         if height < f or width < f or height % f or width % f:
             h, w = (max(f, side // f * f) for side in (height, width))
@@ -397,7 +430,7 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
         return rearrange(self.encoder(images), "b d h w -> b h w d")
 
     def to_images(self, vectors: Tensor) -> Tensor:
-        """Images (B, 3, H, W), roughly in [0, 1], of codes (B, h, w, d)."""
+        """Decode codes (B, h, w, d) to images (B, 3, H, W), roughly in [0, 1]."""
         vectors = rearrange(vectors, "b h w d -> b d h w")
         images = self.decoder(vectors.to(self.decoder[0].weight.dtype))
         return (images.float() + 1) / 2
@@ -432,9 +465,9 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
             self.train(was_training)
 
     def fingerprint(self) -> str:
-        """A 16-digit hash of what tokens mean: of the encoder's weights and the codes.
+        """A 16-digit hash of the weights that affect the tokens: encoder and codes.
 
-        The decoder is left out. Trained further, it draws the same tokens better.
+        The decoder is left out, so that it can be trained further for the same tokens.
         """
         if isinstance(self.quantizer, FSQ):
             codes = [self.quantizer.levels]
@@ -448,19 +481,27 @@ class VQModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_llamagen(cls, path: str | Path) -> "VQModel":
-        """A tokenizer of LlamaGen: `vq_ds16_c2i.pt` or `vq_ds8_c2i.pt`."""
+        """Load a tokenizer of LlamaGen's: `vq_ds16_c2i.pt` or `vq_ds8_c2i.pt`.
+
+        See `read_llamagen` for the errors.
+        """
         return read_llamagen(cls, Path(path))
 
 # %% ../nbs/04_vq_tokenizer.ipynb #d67722b9
+# LlamaGen's published settings; `downsample` is 8 or 16.
 LLAMAGEN = {"channels": 128, "blocks": 2, "z_channels": 256, "quantizer": "gradient",
             "codebook_size": 16384, "codebook_dim": 8, "normalize": True,
             "kmeans": False, "dead_code_threshold": 0.0}
+# Our names inside a block, and LlamaGen's; our `qkv` joins three of its layers.
 LLAMAGEN_NAMES = {"qkv": ("q", "k", "v"), "proj": ("proj_out",),
                   "skip": ("nin_shortcut",)}
 
 
 def llamagen_names(config: VQConfig) -> dict[str, list[str]]:
-    """LlamaGen's names of the layers with weights, of encoder and decoder, in order."""
+    """LlamaGen's names for our layers with weights: those of encoder and decoder.
+
+    They are in the order of the layers of `VQModel.encoder` and `VQModel.decoder`.
+    """
     last = len(MULTIPLIERS[config.downsample]) - 1
 
     def levels(part: str, blocks: int, deepest: int, resize: str) -> list[str]:
@@ -483,21 +524,23 @@ def llamagen_names(config: VQConfig) -> dict[str, list[str]]:
 
 
 def read_llamagen(kind: type[VQModel], path: Path) -> VQModel:
-    """Load a torch file of LlamaGen; the sizes come from the weights.
+    """Load a torch file of LlamaGen's as a `VQModel` in eval mode.
 
-    Nothing in the file is run. ValueError says what is missing or has another shape.
+    The sizes are inferred from the weights, and nothing in the file is executed.
+    FileNotFoundError if there is no such file; ValueError says which weight is missing,
+    left over or of the wrong shape.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the path of LlamaGen's "
                                 "vq_ds16_c2i.pt or vq_ds8_c2i.pt")
-    weights = read_torch_file(path)  # beside them there are the options of the run
+    weights = read_torch_file(path)  # the file also holds the options of the run
     weights = weights.get("model") if isinstance(weights, dict) else None
     names = "quantize.embedding.weight", "encoder.conv_in.weight", "quant_conv.weight"
     if not isinstance(weights, dict) or not set(names) <= set(weights):
         raise ValueError(f"{path} is not a tokenizer of LlamaGen: expected a `model` "
                          f"with weights {', '.join(names)}")
 
-    def parts(prefix: str) -> int:  # how many numbered modules follow a name
+    def parts(prefix: str) -> int:  # how many numbered modules have it
         return len({name.removeprefix(prefix).split(".")[0] for name in weights
                     if name.startswith(prefix)})
 
@@ -528,24 +571,28 @@ def read_llamagen(kind: type[VQModel], path: Path) -> VQModel:
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is another architecture: {what}") from None
+        raise ValueError(f"{path} has another architecture: {what}") from None
     if weights:
-        raise ValueError(f"{path} is another architecture: it also has "
+        raise ValueError(f"{path} has another architecture: it also has "
                          f"{', '.join(sorted(weights)[:5])}")
     return model.eval()
 
 # %% ../nbs/04_vq_tokenizer.ipynb #1280b829
 def codebook_usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:
-    """The share of the codes that occur in tokens (...), and their perplexity."""
+    """The share of codes that occur in tokens (...), and the perplexity of the tokens.
+
+    The share is in [0, 1]; the perplexity, from 1 to `codebook_size`, is the effective
+    number of codes.
+    """
     share = torch.bincount(tokens.flatten(), minlength=codebook_size) / tokens.numel()
     usage = (share > 0).float().mean().item()
     return usage, torch.special.entr(share).sum().exp().item()
 
 
 def similarity(images: Tensor, originals: Tensor) -> dict[str, float]:
-    """PSNR in dB and SSIM of images (B, 3, H, W), means over the images.
+    """PSNR in dB and SSIM of images (B, 3, H, W) in [0, 1], as means over the images.
 
-    They are compared in 8 bits, as they would be stored.
+    `images` are first rounded to 8 bits, as they would be stored; `originals` are not.
     """
     from torchmetrics.functional.image import (
         peak_signal_noise_ratio,
@@ -562,9 +609,10 @@ def similarity(images: Tensor, originals: Tensor) -> dict[str, float]:
 @torch.inference_mode()
 def reconstruction_quality(model: VQModel, images: Tensor,
                            batch_size: int = 32) -> dict[str, float]:
-    """PSNR in dB, SSIM, codebook usage and perplexity of images (B, 3, H, W).
+    """PSNR in dB, SSIM, codebook usage and perplexity of reconstructions of `images`.
 
-    See `similarity` and `codebook_usage`.
+    Images are (B, 3, H, W) in [0, 1]. The keys are "psnr", "ssim", "usage" and
+    "perplexity"; see `similarity` and `codebook_usage`.
     """
     tokens = [model.encode(part).cpu() for part in images.cpu().split(batch_size)]
     again = torch.cat([model.decode(part).cpu() for part in tokens])

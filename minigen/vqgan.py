@@ -20,7 +20,11 @@ from .vq import VQModel
 
 # %% ../nbs/04_vq_tokenizer.ipynb #091c8f6f
 class PerceptualLoss:
-    """LPIPS (Zhang et al. 2018): distance of images in [-1, 1] as VGG-16 sees them."""
+    """LPIPS (Zhang et al. 2018): distance between images by VGG-16's features.
+
+    Called with images and others (B, 3, H, W) in [-1, 1], it returns the mean, a
+    scalar. OSError if VGG-16's weights cannot be downloaded.
+    """
 
     def __init__(self):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -35,7 +39,7 @@ class PerceptualLoss:
 
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            network = self.network.to(images.device)  # not saved with a model
+            network = self.network.to(images.device)  # no submodule, so never saved
             return network(images.float(), others.float(), normalize=False).mean()
 
     def __deepcopy__(self, memo) -> "PerceptualLoss":
@@ -43,11 +47,12 @@ class PerceptualLoss:
 
 # %% ../nbs/04_vq_tokenizer.ipynb #4fea0002
 class FeatureLoss:
-    """Distance of images in [-1, 1] as a `FeatureNetwork` sees them, in LPIPS's form.
+    """Distance between images by the features of a `FeatureNetwork`.
 
-    At each level the channels of a position have length 1 before they are compared
-    (Zhang et al. 2018, eq. 1, with equal weights). Never measure with this network what
-    was trained with it.
+    Called with images and others (B, 3, H, W) in [-1, 1], it returns a scalar. As in
+    LPIPS, the features of each position are scaled to length 1 before they are compared
+    (Zhang et al. 2018, eq. 1, with equal weights). Never evaluate a model with the
+    network that it was trained with.
     """
 
     def __init__(self, network: FeatureNetwork | None = None):
@@ -55,7 +60,7 @@ class FeatureLoss:
         self.network = network.requires_grad_(False)
 
     def __call__(self, images: Tensor, others: Tensor) -> Tensor:
-        network = self.network.to(images.device)  # not saved with a model
+        network = self.network.to(images.device)  # no submodule, so never saved
         layers = network.layers(torch.cat([images, others]) / 2 + 0.5)
         total = 0.0
         for layer in layers:
@@ -71,8 +76,9 @@ class PatchDiscriminator(nn.Sequential):
     """Images (B, 3, H, W) in [-1, 1] to logits (B, 1, h, w): is each patch real?
 
     As in Isola et al. 2017 (appendix 6.1.2), but without norms and with He's
-    initialization. With `layers` halvings, one to three, a logit sees 16, 34 or 70
-    pixels; images need sides of 2^(layers + 2) or more.
+    initialization. The sides are halved `layers` times; with 1, 2 or 3 halvings, a
+    logit sees a square of 16, 34 or 70 pixels a side. Images with sides of
+    2^(layers + 2) pixels are large enough.
     """
 
     def __init__(self, channels: int = 32, layers: int = 2):
@@ -89,12 +95,18 @@ class PatchDiscriminator(nn.Sequential):
 
 # %% ../nbs/04_vq_tokenizer.ipynb #e97dccef
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Push logits of real patches above 1 and of fake ones below -1 (Lim & Ye 2017)."""
+    """The discriminator's loss: push real logits above 1, and fake ones below -1.
+
+    A scalar, from logits of any shape (Lim & Ye 2017).
+    """
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def adaptive_weight(one: Tensor, other: Tensor, last: Tensor) -> Tensor:
-    """Ratio of two losses' gradients at weights `last` (Esser et al. 2021, eq. 7)."""
+    """Ratio of the gradient norms of losses `one` and `other` at the weights `last`.
+
+    Clamped to [0, 10^4] (Esser et al. 2021, eq. 7, with the 10^-4 of their code).
+    """
     one, other = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
                   for loss in (one, other))
     return (one / (other + 1e-4)).clamp(0, 1e4).detach()
@@ -106,13 +118,14 @@ DISCRIMINATOR_WEIGHT = 0.01
 
 
 class VQGAN(nn.Module):
-    """A tokenizer in training; called with images (B, 3, H, W) it returns the loss.
+    """A tokenizer in training: maps images (B, 3, H, W) in [0, 1] to a scalar loss.
 
-    The loss compares `pixels` by absolute ("l1") or squared ("l2") error and adds the
-    quantizer's own. `features` weighs the distance of a small network's features,
-    `perceptual` that of VGG's; `adversarial`, after `start` batches, a discriminator
-    that trains alongside (Esser et al. 2021). One sum serves both networks: each loss
-    trains only one. With `decoder_only` the tokens of an image stay what they were.
+    The loss is the error of the pixels, absolute (`pixels` = "l1") or squared ("l2"),
+    plus the quantizer's loss. `features` is the weight of a `FeatureLoss`, `perceptual`
+    that of a `PerceptualLoss`, and `adversarial` that of a `PatchDiscriminator` with
+    `channels` and `layers`, which trains alongside after `start` batches (Esser et al.
+    2021). The losses of both networks are added up, and each trains only its own
+    network. `decoder_only` freezes encoder and codes, so that images keep their tokens.
     """
 
     def __init__(self, model: VQModel, pixels: Literal["l1", "l2"] = "l2",
@@ -132,14 +145,14 @@ class VQGAN(nn.Module):
         self.register_buffer("batches", torch.tensor(0))  # seen in training
 
     def train(self, mode: bool = True) -> "VQGAN":
-        """As usual, but frozen parts stay in eval mode: a codebook would move."""
+        """Set the mode, but leave frozen parts in eval mode: a codebook would move."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
         return self
 
     def reconstruction_loss(self, images: Tensor, again: Tensor) -> Tensor:
-        """How far `again` is from `images`, both in [-1, 1]."""
+        """Weighted distances of `again` from `images`, both (B, 3, H, W) in [-1, 1]."""
         error = F.l1_loss if self.pixels == "l1" else F.mse_loss
         loss = error(again, images)
         for weight, distance in self.distances:
@@ -147,12 +160,12 @@ class VQGAN(nn.Module):
         return loss
 
     def generator_loss(self, again: Tensor) -> Tensor:
-        """Low where the discriminator takes `again` for real; trains the tokenizer."""
+        """Low where `again` passes for real; trains only the tokenizer."""
         frozen = {k: w.detach() for k, w in self.discriminator.named_parameters()}
         return -functional_call(self.discriminator, frozen, again).mean()
 
     def discriminator_loss(self, images: Tensor, again: Tensor) -> Tensor:
-        """Low where the discriminator tells them apart; trains the discriminator."""
+        """Hinge loss to tell `images` from `again`; trains only the discriminator."""
         return hinge_loss(*map(self.discriminator, (images, again.detach())))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,9 +176,9 @@ class VQGAN(nn.Module):
         if not self.training or self.discriminator is None:
             return loss
         self.batches += 1
-        fake = isinstance(self.batches, FakeTensor)  # it has no value to read
+        fake = isinstance(self.batches, FakeTensor)  # which has no value to compare
         if self.start and (fake or self.batches <= self.start):
-            # DDP wants a gradient for each weight
+            # DDP expects a gradient for every parameter
             return loss + 0 * sum(p.sum() for p in self.discriminator.parameters())
         generator = self.generator_loss(again)
         balance = adaptive_weight(reconstruction, generator,
@@ -175,5 +188,8 @@ class VQGAN(nn.Module):
 
 
 def tokenizer_loss(gan: VQGAN, batch) -> Tensor:
-    """The loss of `batch.image` to minimize; in eval mode without the discriminator."""
+    """The loss of `batch.image` (B, 3, H, W) in [0, 1], a scalar.
+
+    In eval mode, or before the discriminator starts, it has no adversarial part.
+    """
     return gan(batch.image)
