@@ -346,7 +346,7 @@ class Told(Velocity):
             found = self(x, time, labels, tokens)
             if not twice:
                 return found
-            return guidance.combine(found, min(steps - 1, int(t * steps)), steps)
+            return guidance.combine(found, min(steps - 1, round(t * steps)), steps)
 
         return velocity
 

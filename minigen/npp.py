@@ -186,10 +186,10 @@ def read_gpt(kind: type[NPP], path: Path, heads: int | None = None) -> NPP:
 def multiple_of(dim: int, hidden: int) -> int:
     """The `mlp_multiple` with which SwiGLU's width 8/3 * `dim` rounds up to `hidden`.
 
-    The largest that fits among 256, 64, 32, 16, 8, 4, 2 and 1; 256 if none does.
+    The largest power of two that fits, up to 256; 256 if none does.
     """
     plain = 8 * dim // 3
-    return next((n for n in (256, 64, 32, 16, 8, 4, 2, 1)
+    return next((n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1)
                  if -(-plain // n) * n == hidden), 256)
 
 

@@ -66,7 +66,7 @@ class FitConfig:
     lr_decay: Literal["cosine", "linear", "none"] = "cosine"
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)  # decay of AdamW's two moving averages
-    clip: float = 1.0  # gradients with a larger norm are scaled down to it
+    clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0: never
     ema: float = 0.999  # decay of the averaged weights, if an `ema_model` is given
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the forward pass
     compile: bool = False  # torch.compile the forward and the backward pass
@@ -296,7 +296,8 @@ class Trainer:
                 self.accelerator.backward(value)
             total += value.detach()
         parameters = self.objective.parameters()
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip)
+        norm = self.accelerator.clip_grad_norm_(
+            parameters, self.config.clip or math.inf)
         if isinstance(norm, DTensor):  # a sharded model's
             norm = norm.full_tensor()
         return self.accelerator.reduce(total, "mean").item(), norm.item()

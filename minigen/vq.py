@@ -158,7 +158,8 @@ class VectorQuantizer(nn.Module):
 
         Then restart dead codes at random vectors.
         """
-        decay, even = self.decay or 0.99, len(tokens) / self.codebook_size
+        decay = 0.99 if self.decay is None else self.decay
+        even = len(tokens) / self.codebook_size
         count, total = sum_by_code(vectors, tokens, self.codebook_size)
         self.cluster_size.lerp_(count, 1 - decay)
         if self.decay is not None:  # a code that no vector chose stays where it is

@@ -224,6 +224,18 @@ def test_guidance_extrapolates_and_one_is_none(kind):
     assert_close(guided, nothing + 3 * (plain - nothing), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [20, 50])
+def test_a_rising_guidance_counts_every_step(steps, monkeypatch):
+    model, seen = build(classes=3), []
+    def combine(self, outputs, position, length):
+        seen.append((position, length))
+        return outputs.chunk(2)[0]
+    monkeypatch.setattr(Guidance, "combine", combine)
+    last(model.stream(model.noise(1), torch.tensor([1]), steps=steps, method="euler",
+                      guidance=Guidance(3.0, schedule="linear")))
+    assert seen == [(step, steps) for step in range(steps)]
+
+
 def test_images_come_back_from_their_noise():
     model = build("unet")
     for p in model.network.parameters():  # a gentle field

@@ -26,6 +26,7 @@ from minigen.npp import (
     NPPConfig,
     group_tokens,
     group_vectors,
+    multiple_of,
     patch_token_loss,
     stage_ends,
     stage_sides,
@@ -58,6 +59,14 @@ def batch(count=3):
 
 
 # --- grouping
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 64, 128, 256])
+def test_the_multiple_of_swiglu_is_found_from_its_width(multiple):
+    for dim in (320, 512, 1000, 1024):
+        hidden = -(-(8 * dim // 3) // multiple) * multiple
+        found = multiple_of(dim, hidden)
+        assert -(-(8 * dim // 3) // found) * found == hidden
 
 
 @pytest.mark.parametrize("side", [1, 2, 4])

@@ -80,6 +80,12 @@ def test_two_runs_are_equal():
     assert torch.equal(a.weight, b.weight)
 
 
+def test_a_clip_of_zero_never_clips():
+    (a, never), (b, high) = regression(20, clip=0.0), regression(20, clip=1e9)
+    assert [r.loss for r in never] == [r.loss for r in high]
+    assert torch.equal(a.weight, b.weight)
+
+
 def test_the_steps_are_those_of_plain_pytorch():
     """AdamW, clipping and the learning rate written out, on the same batches."""
     model, records = regression(20, clip=0.5, weight_decay=0.1)

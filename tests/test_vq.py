@@ -80,6 +80,16 @@ def assert_nearest(found, vectors, codebook):
 # --- the search for the nearest code
 
 
+def test_a_decay_of_zero_takes_the_mean_of_the_last_batch():
+    quantizer = VectorQuantizer(3, 2, decay=0.0, dead_code_threshold=0.0)
+    vectors = normal(40, 2)
+    tokens = torch.arange(40) % 2
+    kept = quantizer.codebook[2].clone()
+    quantizer.update(vectors, tokens)
+    means = torch.stack([vectors[::2].mean(0), vectors[1::2].mean(0), kept])
+    assert_close(quantizer.codebook, means)
+
+
 @pytest.mark.parametrize(("K", "d"), [
     (1, 3), (2, 1), (5, 4), (127, 8), (128, 8), (1024, 8), (192, 64)])
 def test_nearest_code(K, d):
