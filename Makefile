@@ -1,5 +1,5 @@
-# `make book` and `make test` need Python 3.11 or newer with pip, and nothing else: they make .venv themselves.
-#   make book PYTHON=/path/to/python3   takes that Python
+# `make book` and `make test` need only Python 3.11 or newer with pip: they create .venv themselves.
+#   make book PYTHON=/path/to/python3   uses that Python
 #   make book VENV=/path/to/environment puts the environment elsewhere
 
 VENV ?= .venv
@@ -7,7 +7,7 @@ PYTHON ?=
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.minigen-installed
-# One sentence, wherever something is missing.
+# What to say if something is missing.
 NEED_PYTHON = minigen needs Python 3.11 or newer: install it (for example "apt install python3 python3-venv" or "brew install python@3.13") or name one with "make PYTHON=/path/to/python3".
 NEED_VENV = This Python cannot make an environment with pip in it: install its venv and pip modules (for example "apt install python3-venv python3-pip") and run make again.
 
@@ -47,7 +47,7 @@ clean:
 	rm -rf _build build minigen_book.egg-info .pytest_cache .ruff_cache
 	find minigen nbs tests book -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment: made once, and brought up to date when a file below changes.
+# The environment: created once, and updated when one of these two files changes.
 $(STAMP): requirements.txt pyproject.toml
 	@if [ ! -x "$(PY)" ] || ! "$(PY)" -c "" 2>/dev/null; then \
 	  found=""; \

@@ -20,7 +20,7 @@ BUILD = ROOT / "_build"
 CACHE = BUILD / ".jupyter_cache"
 JOBS = int(os.environ.get("MINIGEN_JOBS", 2))
 SECONDS_PER_CELL = 600
-# of each notebook on two cores, two at a time: they divide the time that is left
+# measured for each notebook, two at a time on two cores, to estimate the time left
 SECONDS = {"00_images_as_sequences": 20, "01_pixel_gpt": 377, "02_training": 124,
            "03_patchgpt": 147, "04_vq_tokenizer": 148, "05_imagegpt": 132,
            "06_measuring": 157, "07_maskgit": 293, "08_next_patch_prediction": 129,
@@ -68,10 +68,10 @@ def chapters() -> list[Path]:
 
 
 def time_left(names: list[str], done: list[str], elapsed: float) -> str:
-    """How long the notebooks that are not done will take, in words.
+    """How long the remaining notebooks will take, as text.
 
-    Their shares of the time are known, and how fast this machine is follows from
-    `elapsed`, the seconds since the first one began.
+    `SECONDS` says how the time is divided among the notebooks; the speed of this
+    machine follows from `elapsed`, the seconds since the first one began.
     """
     shares = {name: SECONDS.get(name.partition(".")[0], 60) for name in names}
     finished = sum(shares[name] for name in done)
@@ -82,7 +82,7 @@ def time_left(names: list[str], done: list[str], elapsed: float) -> str:
 
 
 class Keep:
-    """A pytest plugin that puts each notebook that ran well into the cache."""
+    """A pytest plugin that caches each notebook that ran without errors."""
 
     def __init__(self, cache, folder: Path, notebooks: dict):
         self.cache, self.folder, self.notebooks = cache, folder, notebooks
@@ -100,7 +100,7 @@ class Keep:
         executed = nbformat.read(self.folder / name, as_version=4)
         notebook = deepcopy(self.notebooks[name])
         for cell, done in zip(notebook.cells, executed.cells, strict=True):
-            if cell.cell_type == "code":  # outputs alone: times differ between runs
+            if cell.cell_type == "code":  # only outputs: times in metadata differ
                 cell.outputs, cell.execution_count = done.outputs, done.execution_count
         bundle = CacheBundleIn(notebook, str(ROOT / "nbs" / name),
                                data={"execution_seconds": report.duration})
@@ -125,7 +125,7 @@ def run_changed() -> int:
     if not changed:
         print("No notebook changed since it last ran: none is run again.", flush=True)
         return 0
-    # nbmake saves what it runs, but in no folder called _build: so copies, elsewhere.
+    # nbmake ignores folders called _build, so it runs copies in another folder.
     with tempfile.TemporaryDirectory(prefix="minigen-book-") as scratch:
         folder = Path(scratch) / "nbs"
         folder.mkdir()
@@ -144,7 +144,7 @@ def run_changed() -> int:
 
 
 def add_player() -> None:
-    """Put what book/play.md draws with beside its page: code, models, mean colors."""
+    """Copy what book/play.md needs beside its page: code, models, mean colors."""
     import torch
 
     import minigen
@@ -161,13 +161,13 @@ def add_player() -> None:
         if name.startswith("vq"):
             tokenizer = minigen.load(checkpoint)
             tokens = torch.arange(tokenizer.codebook_size).view(-1, 1, 1)
-            squares = tokenizer.decode(tokens.expand(-1, 2, 2))  # of equal tokens
+            squares = tokenizer.decode(tokens.expand(-1, 2, 2))  # 2 x 2 equal tokens
             colors = (squares.mean(dim=(2, 3)) * 255).round().int().tolist()
             (target / "models" / name / "colors.json").write_text(json.dumps(colors))
 
 
 def build_pages() -> int:
-    """Write every page: it takes seconds, and nothing old stays."""
+    """Write all pages anew, so that no old one stays; return the exit status."""
     print("Writing the pages, which takes about a minute.", flush=True)
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     done = subprocess.run(

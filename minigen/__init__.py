@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load(name, kind=None):
-    """A trained model by name, such as "imagegpt"; see `minigen.checkpoints.load`."""
+    """Load a trained model by name, such as "imagegpt": `minigen.checkpoints.load`."""
     from .checkpoints import load
 
     return load(name, kind)

@@ -14,13 +14,13 @@ from typing import Literal
 
 COMMANDS = """\
   train CHAPTER     train the model of a chapter, such as `train pixelgpt --preset demo`
-  sample MODEL      generate images with a run's folder, a shipped model, or the hub's
-  evaluate X        measure images, or a model's, against real ones: distances and more
+  sample MODEL      generate images; MODEL: a run's folder, a shipped model, OWNER/NAME
+  evaluate X        compare images, or those of a model, with real ones: distances etc.
   extract-codes     encode a data set or a folder of images once, to train on the codes
-  info [MODEL]      what this machine has, the chapters and their presets; or a model
+  info [MODEL]      describe this machine, the chapters and their presets, or a model
   ship RUN          copy a finished run into the repository's data/
-  bench [NAME ...]  measure speed and memory against the plain way, as ratios in one run
-  reproduce         train and measure every system of the book; the same command goes on
+  bench [NAME ...]  measure speed and memory against plain implementations, as ratios
+  reproduce         train and measure every system of the book; run again to resume
 """
 
 
@@ -32,7 +32,7 @@ def chapters() -> list[str]:
 
 
 def script(chapter: str):
-    """The training script of a chapter; ValueError names those there are."""
+    """The training script of a chapter; ValueError lists all if it is unknown."""
     if chapter not in chapters():
         raise ValueError(f"there is no chapter {chapter!r} to train; there are "
                          f"{', '.join(chapters())}")
@@ -77,7 +77,7 @@ def train(arguments: list[str]) -> None:
 
 
 def end_processes() -> None:
-    """Leave the group of processes, if this command was launched in one."""
+    """Leave the process group, if this is one of several processes."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -104,19 +104,20 @@ def sample(arguments: list[str]) -> None:
 
 @dataclass
 class EvaluateOptions:
-    """Measure images against a reference. Of a model, options of `sample` work, too."""
+    """Measure images against a reference. A model also takes options of `sample`."""
 
-    # a folder, an .npz file, or a data set's name; without it landscapes:val, and for
-    # what decodes images of val again, a tokenizer or a decoder, landscapes:test
+    # a folder, an .npz file, or a data set's name; None: landscapes:val, or, for a
+    # tokenizer or a decoder, which reconstruct images of val, landscapes:test
     reference: str | None = None
-    json: bool = False  # print everything that each figure depends on, for machines
-    count: int | None = None  # how many images; 1000 of a model or a data set, else all
-    extractor: str = "landscapes"  # or landscapes-loss, inception, dinov2, a checkpoint
-    training: str | None = None  # search the nearest training image in these images
-    size: int | None = None  # side to resize images to; else as they are
-    subsets: int = 5  # disjoint parts of the images, for the spread of each figure
-    seed: int = 0  # of what is drawn, and of the subsets
-    save: bool = False  # keep the figures in the result file of the model's run
+    json: bool = False  # print JSON, with everything that each figure depends on
+    count: int | None = None  # images; None: 1000 of a model or a data set, else all
+    # feature network: landscapes, landscapes-loss, inception, dinov2, or a run's folder
+    extractor: str = "landscapes"
+    training: str | None = None  # search these images for nearest neighbors
+    size: int | None = None  # side to resize images to, in pixels; None: as is
+    subsets: int = 5  # disjoint subsets of the images, for standard errors
+    seed: int = 0  # of generated images, and of the subsets
+    save: bool = False  # write the figures to the result file of the model's run
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -143,7 +144,7 @@ def evaluate(arguments: list[str]) -> None:
     source, *rest = arguments
     options, more = tyro.cli(EvaluateOptions, args=rest, return_unknown_args=True,
                              prog=f"minigen evaluate {source}")
-    extractor = load_extractor(options.extractor)  # what is missing is said first
+    extractor = load_extractor(options.extractor)  # fails early if it is missing
     for images in filter(None, (options.reference, options.training)):
         if images.partition(":")[0] not in BUILDERS:
             read_images(images)
@@ -164,7 +165,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> tuple:
-    """The images that `evaluate` measures, their labels or None, and what they cost."""
+    """Images for `evaluate`, their labels or None, and a model's seconds and memory."""
     from minigen.checkpoints import find_checkpoint, read_config
     from minigen.data import BUILDERS
     from minigen.landscapes import CLASSES
@@ -201,36 +202,36 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
         config = read_config(source)
         classes = config.get("classes")
         if isinstance(classes, int) and classes not in (0, len(CLASSES)):
-            labels = None  # not those that the feature network names
+            labels = None  # not the classes that the feature network knows
         again = chapter == "vq" or (chapter == "diffusion" and config["codebook_size"]
-                                    and not drawing.prior)  # images of val, decoded
+                                    and not drawing.prior)  # reconstructs images of val
         seconds = (time.perf_counter() - start) / len(images)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory /= 2**20 if sys.platform == "darwin" else 2**10  # bytes there
+        memory /= 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes
         about = {"seconds_per_image": seconds, "peak_memory_mb": memory}
         return images, labels, about | ({"split": "test"} if again else {})
     if more:
-        raise ValueError(f"{source} is no model, and there is no option {more[0]}: see "
+        raise ValueError(f"{source} is not a model; there is no option {more[0]}: see "
                          "`python -m minigen evaluate --help`")
     return read_images(source, options.size, count), None, {}
 
 
 @dataclass
 class ExtractOptions:
-    """Encode images once, into a folder of codes. The same command resumes."""
+    """Encode images once, into a folder of codes. Run again to resume."""
 
     data: str  # a data set's name, or a folder of images of any size
-    tokenizer: str  # a run's folder, a shipped model, OWNER/NAME, or LlamaGen's *.pt
-    out: Path  # folder to write
+    tokenizer: str  # a run's folder, a shipped model, OWNER/NAME, or LlamaGen .pt file
+    out: Path  # folder for the codes
     size: int = 256  # side of the square images that are encoded, in pixels
-    split: Literal["train", "val", "test"] = "train"  # which images
-    length: int | None = None  # at most this many of them
-    seed: int = 0  # which ones these are
-    flip: bool = True  # each image as it is, and mirrored
-    ten_crop: bool = False  # LlamaGen's way: corners and center, each also mirrored
-    crop_range: float = 1.1  # ten crops: the image is this many times as large
-    batch_size: int = 32  # images encoded at a time, by each process
-    on_error: Literal["raise", "skip"] = "raise"  # what to do with an unreadable image
+    split: Literal["train", "val", "test"] = "train"  # split of the data set
+    length: int | None = None  # encode at most this many images
+    seed: int = 0  # of the choice of images, or of the landscapes
+    flip: bool = True  # also encode each image mirrored
+    ten_crop: bool = False  # instead, as LlamaGen: corners and center, also mirrored
+    crop_range: float = 1.1  # ten crops: resize images to this times `size` first
+    batch_size: int = 32  # images that each process encodes at a time
+    on_error: Literal["raise", "skip"] = "raise"  # fail on unreadable images, or skip
 
 
 def extract(arguments: list[str]) -> None:
@@ -258,7 +259,7 @@ def extract(arguments: list[str]) -> None:
 def info(arguments: list[str]) -> None:
     """python -m minigen info [MODEL]"""
     parser = argparse.ArgumentParser(
-        "minigen info", description="What this machine has, or what a model is.")
+        "minigen info", description="Describe this machine, or a model.")
     parser.add_argument("model", nargs="?",
                         help="a run's folder, a shipped model, or OWNER/NAME")
     model = parser.parse_args(arguments).model
@@ -339,7 +340,7 @@ def reproduce(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a mistake in words or files is a sentence and exit status 2."""
+    """Run one command; return its exit status, 2 after a one-sentence error message."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"train": train, "sample": sample, "evaluate": evaluate,
                 "extract-codes": extract, "info": info, "ship": ship, "bench": bench,

@@ -1,4 +1,4 @@
-"""For `nbdev-export`: several modules from one notebook. Not part of the interface."""
+"""Let `nbdev-export` write several modules from one notebook. Internal."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ __all__ = []
 
 
 class FreshModules(Processor):
-    """Start each module named by `#| export NAME` anew, so that exports repeat.
+    """Empty each module named by `#| export NAME`, so that exports are repeatable.
 
-    nbdev writes the module of `#| default_exp` from nothing, but appends to others.
+    nbdev overwrites the module of `#| default_exp`, but appends to the others.
     """
 
     def begin(self):

@@ -1,4 +1,4 @@
-"""Many drawn images in one .npz file, as evaluators of published models read them."""
+"""Write many generated images to one .npz file, as published evaluators read them."""
 
 import contextlib
 from collections.abc import Callable
@@ -30,10 +30,11 @@ def write_archive(
     """Draw `count` images into an .npz file: `arr_0`, (count, size, size, 3) uint8.
 
     `draw(numbers (B,), generator)` returns the images (B, 3, size, size) in [0, 1] with
-    these numbers. Processes of torchrun share the work. Each batch has a seed of its
-    own and a fixed place in a folder beside the file, so the images do not depend on
-    the number of processes, and the same call continues after a kill. ValueError if it
-    would continue with other `settings`; FileExistsError if the file is there.
+    these numbers. Processes of torchrun share the work. Each batch of 50 has its own
+    seed and a fixed position in a file beside `path`, so the images do not depend on
+    the number of processes, and the same call continues after a kill. Returns `path`.
+    ValueError if it would continue with other `settings`; FileExistsError if `path`
+    exists.
     """
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another name, or remove it")
@@ -48,7 +49,7 @@ def write_archive(
         images, done = (np.load(parts / f"{name}.npy", mmap_mode="r+")
                         for name in ("images", "done"))
         missing = np.flatnonzero(done == 0)
-        processes.wait_for_everyone()  # until all have read the same
+        processes.wait_for_everyone()  # until all have read `done`, before it changes
         share = missing[processes.process_index :: processes.num_processes]
         quiet = {} if is_main else {"disable": True}  # {}: TQDM_DISABLE decides
         for n in tqdm(share, "drawing", unit="batch", **quiet):
@@ -62,7 +63,7 @@ def write_archive(
         processes.wait_for_everyone()
         if is_main:
             if left := int((done == 0).sum()):
-                raise OSError(f"{parts} lacks {left} batches: run the same command again")
+                raise OSError(f"{parts} lacks {left} batches: run the command again")
             with atomic_write(path) as file:
                 np.savez(file, images)
     if is_main:
@@ -72,7 +73,7 @@ def write_archive(
 
 
 def prepare(parts: Path, about: dict) -> None:
-    """Make room for all images in `parts`, or check that it was made for the same."""
+    """Reserve files for all images in `parts`; ValueError if it has other settings."""
     if (parts / "done.npy").exists():
         if found := differences(read_json(parts / "about.json"), about):
             raise ValueError(f"{parts} was begun with other settings: "
@@ -83,5 +84,5 @@ def prepare(parts: Path, about: dict) -> None:
     file = parts / "images.npy"
     np.lib.format.open_memmap(file, "w+", np.uint8, (count, size, size, 3))
     reserve(file, file.stat().st_size)
-    with atomic_write(parts / "done.npy") as file:  # last: now all is ready
+    with atomic_write(parts / "done.npy") as file:  # last: it marks the folder as ready
         np.save(file, np.zeros(-(-count // BATCH), np.uint8))

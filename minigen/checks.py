@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-LARGEST = 10**9  # what anybody would count up to
-POSITIVE, NOT_NEGATIVE, SHARE = (1, LARGEST), (0, math.inf), (0, 1)  # ranges
-# What NumPy raises when a file is no array, and Python when a file is no archive.
+LARGEST = 10**9  # above any real count: messages leave this limit out
+POSITIVE, NOT_NEGATIVE, SHARE = (1, LARGEST), (0, math.inf), (0, 1)  # (least, most)
+# What NumPy raises for a file that is not an array, and zipfile for one not a zip.
 DAMAGED_ARRAY = (ValueError, EOFError, TypeError, KeyError, SyntaxError, TokenError,
                  MemoryError, RecursionError, OverflowError)
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError,
                struct.error)
-ROUNDING = 1e-3  # how far beyond 0 and 1 a pixel may be, from half precision
+ROUNDING = 1e-3  # how far half precision may round a pixel beyond 0 and 1
 
 
 def check_numbers(given, **ranges: tuple[float, float]) -> None:
     """Raise ValueError unless the named attributes are finite and within their ranges.
 
-    A range holds the least and the largest value; None is not checked.
+    A range is the smallest and the largest allowed value. None always passes.
     """
     for name, (least, most) in ranges.items():
         value = getattr(given, name)
@@ -42,27 +42,28 @@ def check_numbers(given, **ranges: tuple[float, float]) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless a temperature of sampling is finite and not negative."""
-    if not 0 <= temperature < math.inf:  # so is NaN
-        raise ValueError("temperature must be a finite number that is not negative, "
-                         f"found {temperature}; 0 takes what is likeliest")
+    """Raise ValueError unless a sampling temperature is finite and at least 0."""
+    if not 0 <= temperature < math.inf:  # catches NaN, too
+        raise ValueError("temperature must be a finite number of at least 0, "
+                         f"found {temperature}; 0 always takes the likeliest")
 
 
 def check_pixels(images: Tensor) -> None:
     """Raise ValueError unless images (B, 3, H, W) are floats in [0, 1].
 
-    Values are not read while compiling, nor of fake tensors, which have none.
+    Under torch.compile and for fake tensors, which have no values, only the shape and
+    the type are checked.
     """
     if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
         raise ValueError("expected at least one image, (B, 3, H, W) in [0, 1], found "
                          f"shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"expected images of floats in [0, 1], found {images.dtype}; "
-                         "8-bit values are to be divided by 255")
+                         "divide 8-bit values by 255")
     if torch.compiler.is_compiling() or isinstance(images, FakeTensor):
         return
     low, high = (value.item() for value in images.detach().aminmax())
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # so is NaN
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # catches NaN, too
         raise ValueError("expected images with values from 0 to 1, found "
                          f"{low:.3g} to {high:.3g}")
 
@@ -86,9 +87,9 @@ def has_type(value, hint) -> bool:
 
 
 def read_torch_file(path: str | Path):
-    """What a torch file holds: tensors and plain Python. Nothing in it is executed.
+    """Load a torch file of tensors and plain Python, on the CPU, executing no code.
 
-    FileNotFoundError if it is not there; ValueError if it is no such file.
+    FileNotFoundError if there is no such file; ValueError if it holds anything else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk leaves the old ones or the new ones."""
+"""Write files so that a kill or a full disk leaves either the old or the new ones."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def fsync(path: str | Path) -> None:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, which replaces it on success.
+    """Yield a temporary path, with the suffix of `path`, that replaces it on success.
 
     Its name depends on `path` alone, so that a killed process leaves at most one.
     """
@@ -38,27 +38,27 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace the text of a file in one step."""
+    """Write text to a file atomically, creating it or replacing its contents."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value) -> None:
-    """Replace a file by `value` as JSON in one step."""
+    """Write `value` to a file as JSON atomically, creating or replacing it."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: str | Path):
-    """What a JSON file holds; ValueError names the file if it holds none."""
+    """The value in a JSON file; ValueError names the file if it is not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a file of JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which replaces it on success.
+    """Yield a temporary folder beside `folder` that replaces it on success.
 
     The temporary name depends on `folder` alone, so the next attempt removes what a
     killed process left behind. An existing folder is moved aside before the new one
@@ -98,7 +98,8 @@ def atomic_rmtree(folder: str | Path) -> None:
 def reserve(path: str | Path, size: int) -> None:
     """Give a file `size` bytes of disk now, or raise OSError.
 
-    A memory-mapped file without this is killed by SIGBUS when the disk is full.
+    Without this, SIGBUS kills a process that writes to a memory-mapped file on a full
+    disk. Where posix_fallocate is missing (macOS), only the length of the file is set.
     """
     with open(path, "r+b") as file:
         if hasattr(os, "posix_fallocate"):
@@ -109,10 +110,10 @@ def reserve(path: str | Path, size: int) -> None:
 
 @contextmanager
 def lock_folder(folder: str | Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder until the block ends or this process dies.
+    """Lock a folder, created if missing, until the block ends or this process dies.
 
-    `wait` waits for a process that holds it; otherwise BlockingIOError names that
-    process and its host.
+    If another process has locked it, `wait` waits for the lock; otherwise
+    BlockingIOError names that process and its host.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""Train and measure every system of the book, one after another, and go on after a
-kill: `python -m minigen reproduce`. Or measure what ships again, and compare."""
+"""Train and measure every system of the book, one after another, and resume after a
+kill: `python -m minigen reproduce`. `--check` measures again and compares."""
 
 import io
 import json
@@ -28,23 +28,24 @@ from minigen.runs import DATA, ship
 from minigen.show import image_grid, read_grid
 from minigen.systems import SEARCHED, SYSTEMS, Measured, System, measured, table
 
-# of the table that is printed at the end
+# columns of the table that is printed at the end
 SUMMARY = ("operations", "FD-landscape", "of real images", "class accuracy")
-Command = Callable[[list[str]], int]  # the command line: words in, exit status out
+Command = Callable[[list[str]], int]  # the command line: arguments in, exit status out
 
 
 @dataclass
 class ReproduceOptions:
-    """Train, measure and keep every system of the book. The same command goes on."""
+    """Train, measure and save every system of the book. Run again to resume."""
 
-    only: tuple[str, ...] = ()  # systems or chapters, such as vq or imagegpt-tokens64
-    preset: Literal["cpu", "full", "demo", "test"] = "cpu"
-    minutes: float | None = None  # stop after so many, ready to go on
-    count: int = 1000  # images of each system to measure
-    out: Path = Path("runs")  # a folder for each run; what to ship goes to its `data`
-    dry_run: bool = False  # say what there is to do, and how long it took elsewhere
-    check: bool = False  # measure what is in `data` again instead, and compare
-    sheet: Path | None = None  # write one picture of all that is in `data` instead
+    # chapters or systems to run, such as vq or imagegpt-tokens64; if empty, all
+    only: tuple[str, ...] = ()
+    preset: Literal["cpu", "full", "demo", "test"] = "cpu"  # of the training scripts
+    minutes: float | None = None  # stop after this many; run again to resume
+    count: int = 1000  # images to generate and measure for each system
+    out: Path = Path("runs")  # folder for runs; what can ship is copied to its `data`
+    dry_run: bool = False  # only list what is left, and how long shipped runs took
+    check: bool = False  # instead, measure what is in `data` again, and compare
+    sheet: Path | None = None  # instead, write a picture of the systems in `data`
     data: Path | None = None  # for `check` and `sheet`; None: the repository's data
 
     def __post_init__(self):
@@ -53,7 +54,7 @@ class ReproduceOptions:
 
 
 def chosen(only: tuple[str, ...]) -> list[System]:
-    """The systems of these names or chapters, in order; all without a name."""
+    """The systems of these names or chapters, in order; all if none is given."""
     names = [name for system in SYSTEMS for name in (system.name, system.chapter)]
     if unknown := [name for name in only if name not in names]:
         raise ValueError(f"there is no system {', '.join(unknown)}; there are "
@@ -64,7 +65,7 @@ def chosen(only: tuple[str, ...]) -> list[System]:
 
 @dataclass(frozen=True)
 class Job:
-    """One system at one preset: its run, and the two commands that make it."""
+    """One system at one preset, and the commands that train and measure it."""
 
     system: System
     preset: str
@@ -73,36 +74,36 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where it is trained."""
+        """The folder of its run."""
         return self.out / self.system.run(self.preset)
 
     @property
     def kept(self) -> Path:
-        """Its result file among what may ship."""
+        """The result file that `ship` writes last; once it exists, the job is done."""
         return self.out / "data" / "results" / f"{self.folder.name}.json"
 
     def fill(self, text: str) -> list[str]:
-        """Options with what was kept, or else what ships, in place of {names}."""
+        """Split options into words, with a checkpoint for each {NAME}; see `fill`."""
         return fill(text, self.preset, self.out / "data" / "checkpoints", self.out)
 
     def train(self) -> list[str]:
-        """The words of the command that trains it, or goes on."""
+        """The arguments of the command that trains it, or resumes its training."""
         options = self.system.options(self.preset)
         return ["train", self.system.chapter, "--preset", self.preset,
                 *self.fill(options), "--out", str(self.folder), "--resume"]
 
     def evaluate(self) -> list[str]:
-        """The words of the command that measures it."""
+        """The arguments of the command that measures it."""
         return ["evaluate", str(self.folder), "--save", "--count", str(self.count),
                 *self.fill(self.system.evaluate)]
 
     def result(self) -> dict | None:
-        """Its result, if the training has ended."""
+        """Its result, or None if the training has not ended."""
         file = self.folder / "result.json"
         return read_json(file) if file.exists() else None
 
     def state(self) -> str:
-        """What has been done."""
+        """How far it is: "to do", "step N", "trained", "measured" or "done"."""
         if (result := self.result()) is not None:
             if "evaluation" not in result:
                 return "trained"
@@ -112,16 +113,17 @@ class Job:
         return f"step {json.loads(lines[-1])['step']}" if lines else "to do"
 
     def minutes(self) -> float | None:
-        """How long the run that ships has taken."""
+        """Minutes that the shipped run took, or None if none ships."""
         file = DATA / "results" / f"{self.folder.name}.json"
         return read_json(file)["minutes"] if file.exists() else None
 
 
 def fill(text: str, preset: str, checkpoints: Path, out: Path = Path()) -> list[str]:
-    """Options with what {NAME} stands for: a checkpoint of the folder, or a shipped one.
+    """Split options into words, with a checkpoint in place of each {NAME}.
 
-    Models are trained on the codes of a tokenizer as it ships, in half precision: with
-    other digits its tokens could mean other images.
+    It is the system's checkpoint in `checkpoints`, else the shipped one. Both are in
+    half precision: models are trained on the codes of a tokenizer as it ships, since
+    more precise weights could give an image other codes.
     """
     places = {f"codes{n}": out / f"codes{n}-{preset}" for n in (64, 256)}
     for system in SYSTEMS:
@@ -132,14 +134,14 @@ def fill(text: str, preset: str, checkpoints: Path, out: Path = Path()) -> list[
 
 
 def plan(options: ReproduceOptions) -> list[Job]:
-    """What there is to do, in the order of the dependencies."""
+    """All jobs of these options, done or not, each after those that it needs."""
     return [Job(system, options.preset, options.out, options.count)
             for system in chosen(options.only)
             if system.options(options.preset) is not None]
 
 
 def describe(jobs: list[Job]) -> str:
-    """The plan in words, with the minutes that each run took when it was shipped."""
+    """The plan as text: each job's state, and the minutes that its shipped run took."""
     lines, total, unknown = [], 0.0, 0
     for job in jobs:
         minutes, state = job.minutes(), job.state()
@@ -147,16 +149,17 @@ def describe(jobs: list[Job]) -> str:
             total, unknown = total + (minutes or 0), unknown + (minutes is None)
         about = "not measured yet" if minutes is None else f"{minutes:.0f} min"
         lines.append(f"{job.folder.name:28} {state:12} {about}")
-    more = f", and {unknown} of which no time is known" if unknown else ""
-    return "\n".join([*lines, f"left: {total:.0f} min of training as measured for "
-                              f"the shipped runs{more}"])
+    more = f", and {unknown} runs of unknown length" if unknown else ""
+    return "\n".join([*lines, f"left: {total:.0f} min of training, as long as the "
+                              f"shipped runs took{more}"])
 
 
 @contextmanager
 def at_most(minutes: float | None) -> Iterator[None]:
-    """Send SIGTERM to this process after so many minutes: a training saves its state.
+    """Send SIGTERM to this process after `minutes`; None: never.
 
-    Elsewhere it raises SystemExit, too, since all that is done is in files.
+    A training run then saves its state and exits. At any other time the signal raises
+    SystemExit, which loses nothing, since all finished work is in files.
     """
     def leave(*_):
         raise SystemExit(128 + signal.SIGTERM)
@@ -179,7 +182,7 @@ def at_most(minutes: float | None) -> Iterator[None]:
 
 
 def reproduce(options: ReproduceOptions, command: Command) -> int:
-    """Do what is left of the plan; the exit status. `command` is the command line."""
+    """Run the jobs that are not done; return the exit status. `command` is the CLI."""
     jobs = plan(options)
     if options.dry_run:
         print(describe(jobs))
@@ -195,8 +198,8 @@ def reproduce(options: ReproduceOptions, command: Command) -> int:
                 print(f"\n[{number} of {len(jobs)}, after {spent:.1f} min] "
                       f"{job.folder.name}", flush=True)
                 if status := make(job, command):
-                    print(f"{job.folder.name} failed; the same command tries again, "
-                          "and --only chooses others", file=sys.stderr)
+                    print(f"{job.folder.name} failed: run the same command to try "
+                          "again, or choose others with --only", file=sys.stderr)
                     return status
     except SystemExit:
         print(f"\nStopped; the same command goes on.\n{describe(jobs)}", flush=True)
@@ -208,7 +211,7 @@ def reproduce(options: ReproduceOptions, command: Command) -> int:
 
 
 def make(job: Job, command: Command) -> int:
-    """Train, measure and keep one system, as far as that is not done."""
+    """Train, measure and ship one system, skipping what is done; the exit status."""
     if job.result() is None:
         if status := command(job.train()):
             return status
@@ -219,12 +222,12 @@ def make(job: Job, command: Command) -> int:
     return 0
 
 
-# ---- what is there already
+# ---- systems that are trained already
 
 
 def there(options: ReproduceOptions, runs: Path | None = None
           ) -> Iterator[tuple[Measured, Path]]:
-    """The chosen systems that have a checkpoint in `options.data` or `runs`, and it."""
+    """Yield each chosen system with a checkpoint in `data` or `runs`, and its path."""
     presets = options.preset, *SEARCHED
     for each in measured(options.data, chosen(options.only), presets):
         if checkpoint := each.checkpoint(options.data, runs):
@@ -232,10 +235,10 @@ def there(options: ReproduceOptions, runs: Path | None = None
 
 
 def check(options: ReproduceOptions, command: Command) -> int:
-    """Measure what is in `data` again and compare: 1 if a figure is another, else 0.
+    """Measure what is in `data` again and compare: 1 if a figure differs, else 0.
 
-    A figure may differ by three times its standard error, by 2 percent, or by three of
-    its images: another machine rounds otherwise, and then other tokens are drawn.
+    A figure may differ by three standard errors, by 2 percent, or by 3/N for N images,
+    whichever is most: another machine rounds differently, and may draw other tokens.
     """
     wrong = 0
     for each, checkpoint in there(options):
@@ -275,14 +278,15 @@ def measure_again(checkpoint: Path, report: dict, options: list[str],
 
 
 def drawing(each: Measured, checkpoint: Path) -> list[str]:
-    """The options by which a system draws when it is measured."""
+    """The options with which `evaluate` samples from a system."""
     return fill(each.system.evaluate, each.run.split("-")[1], checkpoint.parent)
 
 
 def sheet(options: ReproduceOptions, command: Command) -> int:
-    """Write nine uncurated images of each system, of one class a column, with seed 0.
+    """Write a picture of nine uncurated images per system, with a class per column.
 
-    Runs whose weights do not ship are drawn if they are in `options.out`.
+    All have seed 0. A run whose weights do not ship is included if it is in
+    `options.out`.
     """
     size, height, left = 64, 66, 272
     rows = {"real images": torch.stack([item.image for item in examples(size)])}
@@ -312,7 +316,7 @@ def examples(size: int) -> list[Item]:
 
 
 def nine(each: Measured, checkpoint: Path, command: Command) -> Tensor:
-    """Nine images (9, 3, H, W), one of each class if the system can be asked for it."""
+    """Nine images (9, 3, H, W) in [0, 1], one per class if the model has classes."""
     size, images = each.result["config"]["size"], []
     asked = [["--count", "9"]] if each.system.chapter != "anytoany" else [
         ["--count", "1", "--text", item.caption] for item in examples(size)]
@@ -324,6 +328,6 @@ def nine(each: Measured, checkpoint: Path, command: Command) -> Tensor:
                                   "--scale", "1", "--seed", "0", "--out", str(file),
                                   *drawing(each, checkpoint)])
             if status:
-                raise ValueError(f"{each.run} could not draw: see above")
+                raise ValueError(f"{each.run} could not generate images: see above")
             images.append(read_grid(file, size))
     return torch.cat(images)

@@ -1,5 +1,5 @@
-"""What all training scripts share: the options and the skeleton of a run, its result
-file, and the runs that ship with the repository."""
+"""What all training scripts share: options, the course of a run and its result file;
+and access to the runs that ship with the repository."""
 
 import json
 import platform
@@ -40,29 +40,30 @@ from minigen.training import (
     read_log,
 )
 
-DATA = PACKAGE.parent / "data"  # of a clone of the repository
+DATA = PACKAGE.parent / "data"  # in a clone of the repository
 
 
 @dataclass(kw_only=True)
 class RunConfig(FitConfig):
-    """What every training script can be told; a script adds the shape of its model."""
+    """Options of every training script; each script adds those of its model."""
 
-    preset: str = "demo"  # where the other defaults come from
+    preset: str = "demo"  # named set of defaults for the other options
     data: str = "landscapes"  # a data set's name, or a folder of images
     size: int = 32  # side of the square images, in pixels
-    train_images: int = 1600  # how many to train on; 0: landscapes, each seen once
-    val_images: int = 64  # and to evaluate on
-    on_error: Literal["raise", "skip"] = "raise"  # what to do with unreadable images
-    samples: int = 8  # images to generate at each evaluation
-    resume: bool = False  # continue a run that stopped, or return a finished one
-    overwrite: bool = False  # replace a run that is in `out`
+    # images to train on; 0: landscapes, each seen once (not for models of codes)
+    train_images: int = 1600
+    val_images: int = 64  # images to evaluate on
+    on_error: Literal["raise", "skip"] = "raise"  # fail on unreadable images, or skip
+    samples: int = 8  # images to generate, or reconstruct, at each evaluation
+    resume: bool = False  # continue a stopped run, or return a finished one's result
+    overwrite: bool = False  # replace the run in `out`, if there is one
     out: Path = Path("runs")  # checkpoint, images and result.json go here
     steps: int = 400  # optimizer steps
     lr: float = 2e-3  # highest learning rate, reached after the warm-up
-    warmup: int = 50  # steps in which the rate rises from zero
-    ema: float = 0.0  # decay of averaged weights, which are then kept; 0: none
-    eval_steps: tuple[int, ...] = (100, 400)  # steps to evaluate and generate at
-    save_every: int = 200  # steps between two saved states
+    warmup: int = 50  # steps in which the learning rate rises from 0
+    ema: float = 0.0  # decay of the averaged weights that are saved; 0: no averaging
+    eval_steps: tuple[int, ...] = (100, 400)  # steps, besides the last, to evaluate at
+    save_every: int = 200  # steps between two saved states; 0 saves none
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,7 +71,7 @@ class RunConfig(FitConfig):
                       val_images=POSITIVE, samples=POSITIVE)
 
     def dataset(self, split: str) -> Dataset:
-        """The images to train on ("train") or to evaluate on ("val")."""
+        """The data set of `Item` to train on ("train") or to evaluate on ("val")."""
         if split == "train" and not self.train_images:
             if self.data != "landscapes":
                 raise ValueError(f"{self.data} is not endless: give --train-images")
@@ -81,32 +82,32 @@ class RunConfig(FitConfig):
                             self.on_error)
 
     def select(self, kind: type, **more):
-        """An instance of the dataclass `kind` from the fields of the same names."""
+        """Make a dataclass `kind` from fields of the same names, and from `more`."""
         names = [f.name for f in fields(kind) if hasattr(self, f.name)]
         return kind(**{name: getattr(self, name) for name in names} | more)
 
 
 TINY = {"size": 16, "train_images": 16, "val_images": 8, "steps": 3, "batch_size": 4,
-        "warmup": 1, "eval_steps": (1, 3), "samples": 4, "save_every": 1}  # "test"
+        "warmup": 1, "eval_steps": (1, 3), "samples": 4, "save_every": 1}  # for "test"
 
 
 def presets(config: type[RunConfig], **options: dict) -> dict[str, RunConfig]:
-    """A configuration for each named preset, from what differs from the defaults."""
+    """A configuration for each preset, from the options that change the defaults."""
     return {name: config(preset=name, **values) for name, values in options.items()}
 
 
 @dataclass(kw_only=True)
 class Task:
-    """What a script gives to `run`: a model, its data, and how to judge and keep it."""
+    """What a script gives to `run`: a model, its data, how to evaluate and save it."""
 
     model: nn.Module  # what is trained
     data: Dataset  # items to train on
     val: Dataset  # items whose mean loss is the validation loss
     loss: Callable[[nn.Module, object], Tensor]
     evaluate: Callable[[nn.Module, int], dict]  # (model, step) to metrics; draws images
-    parts: str = "tokens"  # what `parts_per_image` counts, for the rate
+    parts: str = "tokens"  # the unit of `parts_per_image`, to report the speed in
     parts_per_image: int = 1
-    # of the model and the last line of the log: more metrics of the result
+    # (model, last line of the log) to further metrics of the result
     summarize: Callable[[nn.Module, dict], dict] = lambda model, last: {}
     keep: Callable[[nn.Module], nn.Module] = lambda model: model  # the part to save
     settings: dict = field(default_factory=dict)  # must not change when a run resumes
@@ -115,11 +116,12 @@ class Task:
 
 def run(script: str, config: RunConfig, presets: dict[str, RunConfig],
         build: Callable[[RunConfig, torch.device], Task]) -> dict:
-    """Train, evaluate and save what `build(config, device)` describes: the result.
+    """Train, evaluate and save the model of `build(config, device)`.
 
-    Of several processes, the first evaluates and writes, and the others return {}. A
-    finished run is not repeated: `resume` returns its result, and without it ValueError
-    says so. BlockingIOError if another process works in the folder.
+    Returns what is in result.json. With several processes, the first evaluates and
+    writes, and the others return {}. A finished run is not repeated: `resume` returns
+    its result, and without `resume` it is a ValueError. BlockingIOError if another
+    process is using the folder.
     """
     device = pick_device()
     processes = join_processes(device)
@@ -134,10 +136,10 @@ def run(script: str, config: RunConfig, presets: dict[str, RunConfig],
 
 
 def prepare_folder(config: RunConfig) -> dict | None:
-    """The result of a run that is finished, or None after making room for a new one.
+    """The result of a finished run, or None if there is something to train.
 
-    ValueError if it is finished and `resume` is not set or, naming the fields, if its
-    configuration differs.
+    `overwrite` first removes the run in the folder. ValueError if the run is finished
+    and `resume` is not set, or if its settings differ; the message names the fields.
     """
     file = config.out / "result.json"
     if config.overwrite:
@@ -207,10 +209,10 @@ def _run(script, config, presets, build, device) -> dict:
 
 
 def training_cost(task: Task, config: RunConfig) -> dict:
-    """What the run took, counted: images, floating-point operations, threads.
+    """The cost of a run: `images_seen`, `threads` of all processes, and `flops`.
 
-    The operations are those of the last step of each stage, there and back, times its
-    steps. The threads are those of all processes.
+    The floating-point operations of forward and backward pass are counted at the last
+    step of each stage and multiplied by the number of its steps.
     """
     items = [task.data[n] for n in range(min(2, config.batch_size))]
     batch = send_to_device(default_collate(items), pick_device())
@@ -225,7 +227,7 @@ def training_cost(task: Task, config: RunConfig) -> dict:
 
 
 def command_line(script: str, config: RunConfig, preset: RunConfig) -> str:
-    """The command that repeats a run: its preset, and what differs from it."""
+    """The command that repeats a run: its preset, and options that differ from it."""
     options = [f"python -m minigen train {script} --preset {config.preset}"]
     for name, value in vars(config).items():
         if value == getattr(preset, name) or name in ("out", "resume", "overwrite"):
@@ -240,7 +242,7 @@ def command_line(script: str, config: RunConfig, preset: RunConfig) -> str:
 
 
 def describe_run(**about) -> dict:
-    """`about`, then where it was measured: machine, commit, date and versions."""
+    """`about`, followed by hardware, commit (None without git), date and versions."""
     command = ["git", "-C", str(PACKAGE), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -255,22 +257,23 @@ def describe_run(**about) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions:
-    """What `python -m minigen sample` can be told for every generating model."""
+    """Options of `python -m minigen sample` for every model that generates images."""
 
-    data: str = "landscapes"  # a data set's name, or a folder of images
-    count: int = 16  # how many images
-    temperature: float = 1.0  # below 1 prefers what is likely; 0 takes the likeliest
-    seed: int = 0
-    columns: int | None = None  # images per row; without it, about a square
-    scale: int = 4  # pixels in the file for each pixel of an image
-    out: Path = Path("samples.png")
+    # where prompts and captions come from: a data set's name, or a folder of images
+    data: str = "landscapes"
+    count: int = 16  # images to generate
+    temperature: float = 1.0  # below 1 favors likely values; 0 takes the likeliest
+    seed: int = 0  # of the random numbers
+    columns: int | None = None  # images per row; None: a roughly square grid
+    scale: int = 4  # factor by which the file enlarges the images
+    out: Path = Path("samples.png")  # file to write
 
     def __post_init__(self):
         check_numbers(self, count=POSITIVE, temperature=NOT_NEGATIVE, columns=POSITIVE,
                       scale=POSITIVE)
 
 
-# ---- what ships
+# ---- runs that ship with the repository
 
 PER_CLASS = 4  # images of each class in a sheet that ships
 
@@ -308,7 +311,7 @@ def ship(run: Path, data: Path = DATA, weights: bool = True) -> None:
 def keep_evaluation(name: str, report: dict) -> None:
     """Add the figures of `python -m minigen evaluate` to the result file of a run.
 
-    The run is a folder, or one that ships. FileNotFoundError if it has no result file.
+    `name` is a run's folder or a shipped run. FileNotFoundError without a result file.
     """
     file = Path(name) / "result.json"
     if not file.exists():
@@ -318,7 +321,7 @@ def keep_evaluation(name: str, report: dict) -> None:
 
 
 def shipped(chapter: str, variant: str) -> str:
-    """The name of the best shipped run of a chapter and variant, as `load` takes it."""
+    """The name of a shipped run for `load`: of preset full if one ships, else cpu."""
     for preset in ("full", "cpu"):
         name = f"{chapter}-{preset}-{variant}"
         if (DATA / "results" / f"{name}.json").exists():
@@ -328,17 +331,17 @@ def shipped(chapter: str, variant: str) -> str:
 
 
 def shipped_result(name: str) -> dict:
-    """The result file of a shipped run."""
+    """The contents of a shipped run's result file."""
     return read_json(DATA / "results" / f"{name}.json")
 
 
 def shipped_benchmark(name: str) -> dict:
-    """What `python -m minigen bench --json` printed, from a shipped file."""
+    """The shipped output of `python -m minigen bench --json`, by its file's name."""
     return read_json(DATA / "benchmarks" / f"{name}.json")
 
 
 def shipped_steps(name: str) -> dict[int, Tensor]:
-    """The images (B, 3, H, W) in [0, 1] that a shipped run drew, by step."""
+    """Images (B, 3, H, W) in [0, 1] that a shipped run drew in training, by step."""
     result = shipped_result(name)
     steps = [line["step"] for line in result["history"]]
     sheet = DATA / "results" / f"{name}-steps.png"
@@ -349,9 +352,9 @@ def shipped_steps(name: str) -> dict[int, Tensor]:
 
 
 def shipped_classes(name: str) -> Tensor:
-    """The images (classes, 4, 3, H, W) in [0, 1] that a shipped run drew last.
+    """Images (classes, 4, 3, H, W) in [0, 1] that a shipped run drew at its end.
 
-    There are fewer of each class if the run has drawn fewer.
+    Fewer than 4 of each class if the run drew fewer.
     """
     config = shipped_result(name)["config"]
     sheet = read_grid(DATA / "results" / f"{name}-classes.png", config["size"])

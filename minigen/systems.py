@@ -1,4 +1,4 @@
-"""The systems that the book compares: how each is trained, and what is known of it."""
+"""The systems that the book compares: how each is trained, and what was measured."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -20,23 +20,23 @@ FINE = COARSE + "--lr 0.0005 --warmup 50 "
 
 @dataclass(frozen=True)
 class System:
-    """A run of the book: what `train` and `evaluate` are told to repeat it.
+    """A run of the book, with the options of `train` and `evaluate` that repeat it.
 
-    In the options `{NAME}` is the run of another system, which comes before this one,
-    and `{codes64}` a folder of codes that several share.
+    In the options, `{NAME}` stands for the run of an earlier system, and `{codes64}`
+    for a folder of codes that several systems share.
     """
 
     name: str  # CHAPTER-VARIANT; its run is called CHAPTER-PRESET-VARIANT
     title: str
     cpu: str | None = ""  # options of `train` at preset `cpu`; None: not trained there
-    other: str | None = ""  # and at the other presets
+    other: str | None = ""  # the same at all other presets
     evaluate: str = ""  # options of `evaluate`
-    sequential: int | str = 1  # passes of the network, one after the other, per image
+    sequential: int | str = 1  # network passes per image, one after another
     compared: bool = True  # whether it generates images; tokenizers do not
 
     @property
     def chapter(self) -> str:
-        """The training script."""
+        """The chapter, which is also the name of its training script."""
         return self.name.partition("-")[0]
 
     def run(self, preset: str) -> str:
@@ -44,11 +44,11 @@ class System:
         return f"{self.chapter}-{preset}-{self.name.partition('-')[2]}"
 
     def options(self, preset: str) -> str | None:
-        """What `train` is told besides the preset; None where there is no such run."""
+        """Options of `train` besides the preset; None if the preset has no such run."""
         return self.cpu if preset == "cpu" else self.other
 
     def needs(self, preset: str) -> list[str]:
-        """The systems whose runs come first."""
+        """Names of the systems whose runs this one needs."""
         text = f"{self.options(preset)} {self.evaluate}"
         return [name for name in re.findall(r"\{([\w-]+)\}", text) if "-" in name]
 
@@ -116,17 +116,17 @@ def compared() -> list[System]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What result files say of a system; None, or no figures, where they say nothing.
+    """What the result files say about a system; values are None where they are silent.
 
     Every number of the comparison is read through this class.
     """
 
     system: System
-    run: str | None  # the run whose file was found
-    result: dict  # what is in it
+    run: str | None  # the run whose result file was found
+    result: dict  # the contents of that file; {} if there is none
 
     def checkpoint(self, data: Path = DATA, runs: Path | None = None) -> Path | None:
-        """Its checkpoint in `data`, or else that of your own finished run in `runs`."""
+        """Its checkpoint in `data`, else your finished run in `runs`, or None."""
         if self.run is None:
             return None
         if (shipped := data / "checkpoints" / self.run).exists():
@@ -135,17 +135,17 @@ class Measured:
         return own if own and (own / "result.json").exists() else None
 
     def metric(self, name: str) -> float | None:
-        """A figure that the run itself wrote."""
+        """A metric that the training run wrote, or None."""
         return self.result.get("metrics", {}).get(name)
 
     def figure(self, name: str, part: str = "value") -> float | None:
-        """A figure of `evaluate`: its value, its spread, or that of real images."""
+        """A figure of `evaluate`: its value, its spread, or real images' floor."""
         report = self.result.get("evaluation", {})
         return report.get("figures", {}).get(name, {}).get(part)
 
     @property
     def images_measured(self) -> int | None:
-        """How many images `evaluate` drew."""
+        """The number of images that `evaluate` measured."""
         return self.result.get("evaluation", {}).get("N")
 
     @property
@@ -160,13 +160,13 @@ class Measured:
 
     @property
     def core_hours(self) -> float | None:
-        """Hours of training times the threads that it ran on."""
+        """Hours of training multiplied by the number of threads."""
         threads = self.result.get("cost", {}).get("threads")
         return None if threads is None else self.result["minutes"] / 60 * threads
 
     @property
     def sequential(self) -> int | None:
-        """Passes of the network, one after the other, that an image takes."""
+        """How many network passes an image takes, one after another."""
         config, steps = self.result.get("config"), self.system.sequential
         if isinstance(steps, int) or config is None:
             return steps if isinstance(steps, int) else None
@@ -176,7 +176,7 @@ class Measured:
 
 def measured(data: Path = DATA, systems: Iterable[System] | None = None,
              presets: tuple[str, ...] = SEARCHED) -> list[Measured]:
-    """What the result files in `data` say of each system, at the first such preset."""
+    """Results of each system in `data`, from the first of `presets` that has a file."""
     found = []
     for system in compared() if systems is None else systems:
         files = [data / "results" / f"{system.run(preset)}.json" for preset in presets]
@@ -187,7 +187,7 @@ def measured(data: Path = DATA, systems: Iterable[System] | None = None,
 
 
 def timed(data: Path = DATA) -> dict[tuple[str, str], float]:
-    """What `bench comparison` found in `data`, by run and case."""
+    """The values that `bench comparison` wrote to `data`, keyed by (run, case)."""
     file = data / "benchmarks" / "comparison-cpu.json"
     rows = read_json(file)["rows"] if file.exists() else []
     return {tuple(row["case"].split(": ", 1)): row["value"] for row in rows}
@@ -197,18 +197,18 @@ MISSING = "not measured yet"
 
 
 def number(value: float | None, form: str) -> str | None:
-    """A value by a format, or None."""
+    """A value formatted by `form`, such as {:.2f}; None stays None."""
     return None if value is None else form.format(value)
 
 
 def with_spread(each: Measured, name: str, digits: int) -> str | None:
-    """A figure of `evaluate` with its standard error, where it has one."""
+    """A figure of `evaluate` as text, with its standard error if it has one."""
     value, spread = each.figure(name), each.figure(name, "spread")
     text = number(value, f"{{:.{digits}f}}")
     return text if spread is None else f"{text}\u00a0±\u00a0{spread:.{digits}f}"
 
 
-# headings of the table: what the cell says, and which file it needs
+# heading: a function that returns the text of a cell, and the file that it needs
 COLUMNS: dict[str, tuple[Callable[[Measured, dict], str | None], str]] = {
     "passes": (lambda m, t: number(m.sequential, "{:,}"), "run"),
     "parameters": (lambda m, t: number(m.metric("parameters"), "{:,.0f}"), "run"),
@@ -236,9 +236,9 @@ BRIEF = ("FD-landscape", "class accuracy", "seconds per image")  # in the README
 
 
 def cell(column: str, each: Measured, times: dict) -> str:
-    """What a table says: a number with a file, that there is none, or a dash.
+    """The text of a cell: a number, `MISSING` if it was not measured, or a dash.
 
-    A dash is for what a system does not have, such as a class that was asked for.
+    A dash marks what does not apply, such as class accuracy without classes.
     """
     write, file = COLUMNS[column]
     if text := write(each, times):
@@ -249,7 +249,7 @@ def cell(column: str, each: Measured, times: dict) -> str:
 
 def table(columns: Iterable[str] = tuple(COLUMNS), data: Path = DATA,
           presets: tuple[str, ...] = SEARCHED) -> str:
-    """The systems and what is known of them, as a table in Markdown."""
+    """A Markdown table with a row for each system that generates images."""
     columns, times = list(columns), timed(data)
     rows = [["system", *columns], ["---", *["---:"] * len(columns)]]
     for each in measured(data, presets=presets):

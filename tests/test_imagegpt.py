@@ -351,6 +351,13 @@ main(sys.argv[1:])
         assert one.read_bytes() == other.read_bytes(), name
 
 
+def test_codes_need_a_number_of_images(tmp_path):
+    config = replace(script.PRESETS["test"], train_images=0, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="train_images above 0, found 0"):
+        script.main(config)
+    assert not (tmp_path / "run" / "tokenizer").exists(), "after training one"
+
+
 def test_trains_on_a_folder_of_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for n in range(24):

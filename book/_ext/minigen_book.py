@@ -9,9 +9,9 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(\w*).*$", re.M)
 
 
 def clean_notebook(notebook: dict) -> dict:
-    """The notebook as a reader sees it: without `#| export` and cells of nothing else.
+    """The notebook as a reader sees it: without `#|` lines and cells of nothing else.
 
-    A cell with `#| hide`, and the one that installs the package on Colab, are run and
+    A cell with `#| hide` and the one that installs the package on Colab run, but are
     not shown.
     """
     cells = []
@@ -60,8 +60,8 @@ def results_tables() -> str:
 
 
 def systems_tables() -> str:
-    """What is known of each system that the book compares, in three tables."""
-    from minigen.systems import COLUMNS, table  # here, since torch comes with it
+    """Three tables of what was measured for each system that the book compares."""
+    from minigen.systems import COLUMNS, table  # here, since it imports torch
 
     names = list(COLUMNS)
     cut = [0, names.index("seconds per image"), names.index("FD-landscape"), len(names)]
@@ -70,7 +70,7 @@ def systems_tables() -> str:
 
 
 def evaluation_rows(runs: list[dict]) -> list[list[str]]:
-    """What `minigen evaluate` found: each figure, and the same of real images."""
+    """Rows for the figures of `minigen evaluate`, each with that of real images."""
     reports = [run.get("evaluation", {}) for run in runs]
     names = dict.fromkeys(name for report in reports
                           for name in report.get("figures", {}))
@@ -114,7 +114,7 @@ def number(value) -> str:
 
 
 def module_list() -> str:
-    """A section for each module: those of the chapters in order, then those by hand."""
+    """A section for each module: first those of the chapters, then others."""
     chapters, by_hand = [], []
     for file in sorted((ROOT / "minigen").glob("[!_]*.py")):
         text = file.read_text()
@@ -153,13 +153,13 @@ def read_source(app, docname, source):
 
 def quiet_theme(app, config):
     """Leave out parts of the theme and of Jupyter Book that this book does not use."""
-    # A second header above every page, unless its parts are emptied.
+    # The theme shows a second header above every page unless its parts are empty.
     empty = {f"navbar_{part}": [] for part in ("start", "center", "end", "persistent")}
     options = empty | {"logo": {"text": "minigen"}}
     config.html_theme_options = config.html_theme_options | options
-    # Pages follow the reader's system, in the word that the theme's script knows.
+    # Pages are light or dark as the reader's system is: "auto" in the theme's words.
     config.html_context = config.html_context | {"default_mode": "auto"}
-    # Thebe runs cells in a kernel elsewhere, and its address is an error on every page.
+    # Thebe runs cells in a remote kernel, and its address is an error on every page.
     for listeners in app.events.listeners.values():
         listeners[:] = [each for each in listeners
                         if not each.handler.__module__.startswith("sphinx_thebe")]

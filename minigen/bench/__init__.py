@@ -1,9 +1,9 @@
 """Benchmarks: `python -m minigen bench [NAME ...]`.
 
-A module here has `rows(quick) -> list[Row]`. Every figure is a ratio within one run, of
-medians over repetitions taken alternately, so that a machine that slows down slows both
-sides. If other processes used more than a tenth of the processors during a repetition,
-it is taken again, a few times at most.
+Each module has `rows(quick) -> list[Row]`. Speeds are compared by ratios within one
+run: of medians over repetitions that alternate, so that a machine that slows down slows
+both sides. If other processes used more than a tenth of the processors during a
+repetition, it is repeated, up to three times.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from minigen.devices import hardware
 from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
-# of quality; only run if named
+# mostly of quality, and slow: they run only if named
 LONG = ("blocks", "decoders", "generator", "joint", "networks", "pixels", "schedules",
         "steps", "steps256", "sweep")
-RETRIES = 3  # how often a disturbed repetition is taken again
+RETRIES = 3  # how often a disturbed repetition is repeated
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Row:
     case: str
     value: float
     unit: str  # x: a ratio
-    target: float | None = None  # None: none; `note` says why if others have one
-    at_least: bool = True  # whether the value should be above the target, or below it
+    target: float | None = None  # None: no target; `note` may say why
+    at_least: bool = True  # whether the target is a lower bound, or else an upper one
     note: str = ""  # "no target: this processor has no bf16 instructions"
 
     @property
@@ -52,7 +52,7 @@ class Row:
 
 
 def seconds(function: Callable[[], object], repeat: int = 1) -> tuple[float, bool]:
-    """Seconds for each of `repeat` calls, and whether the machine was quiet."""
+    """Mean seconds of `repeat` calls, and whether the machine was otherwise idle."""
     process = psutil.Process()
 
     def busy() -> float:
@@ -71,7 +71,7 @@ def seconds(function: Callable[[], object], repeat: int = 1) -> tuple[float, boo
 
 def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5,
             repeat: int = 1) -> dict[str, float]:
-    """The median seconds of each function; each is called once before for warm-up."""
+    """Median seconds per call of each function, after one warm-up call of each."""
     for function in functions.values():
         function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
@@ -86,7 +86,7 @@ def medians(functions: dict[str, Callable[[], object]], repetitions: int = 5,
 
 
 def alone(module: str, *arguments) -> float:
-    """The number that `python -m module arguments` prints, such as its memory."""
+    """The number that `python -m module arguments` prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True, text=True, check=True,
@@ -95,7 +95,7 @@ def alone(module: str, *arguments) -> float:
 
 
 def highest_memory() -> int:
-    """The most bytes that this process has held."""
+    """Peak memory of this process, in bytes."""
     if os.path.exists("/proc/self/status"):  # `ru_maxrss` counts the parent's, too
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status

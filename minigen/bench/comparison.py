@@ -1,6 +1,6 @@
 """Seconds per image of every system of the comparison, and whether it copies.
 
-The models are those that ship, or your own in `runs`, and draw as when measured."""
+The models are those that ship, or your own in `runs`, with `evaluate`'s options."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ RUNS = Path("runs")  # where `reproduce` trains what does not ship
 
 
 def drawer(each: Measured) -> Callable[[int], Tensor]:
-    """A function that draws so many images, with the models of a system loaded."""
+    """A function that draws a number of images with a system, whose models it loads."""
     device = pick_device()
     model = load(each.checkpoint(runs=RUNS)).to(device)
     guidance = Guidance(2.0)
@@ -59,11 +59,11 @@ def drawer(each: Measured) -> Callable[[int], Tensor]:
 
 
 def rows(quick: bool = False) -> list[Row]:
-    """Three rows for each system that is there: two of seconds, and one of neighbors.
+    """Three rows for each system with a checkpoint: two of seconds, one of neighbors.
 
     "nearest" is the mean distance of drawn images to the nearest training image, in
-    the features of chapter 6, divided by that of real images which no training has
-    seen. A model that copies is far below 1.
+    the features of chapter 6, divided by the same for real images that no model was
+    trained on. A model that copies is far below 1.
     """
     there = [each for each in measured() if each.checkpoint(runs=RUNS)]
     if quick:

@@ -1,4 +1,4 @@
-"""What chapter 10's decoders make of tokens, step by step: quality, not speed.
+"""Quality of the images that chapter 10's decoders make of tokens, by steps.
 
 Tokens are those of test images, and those that chapters 5 and 7 generate."""
 
@@ -24,7 +24,7 @@ SEVERAL = 8  # decodings of the same tokens, whose mean is measured, too
 
 
 def decoded(model: Diffusion, tokens: Tensor, seed: int = 1, **options) -> Tensor:
-    """What the model makes of tokens (N, h, w), in batches: (N, 3, H, W)."""
+    """Images (N, 3, H, W) in [0, 1] that the model decodes from tokens (N, h, w)."""
     generator = torch.Generator(pick_device()).manual_seed(seed)
     return torch.cat([model.decode(part, generator, **options).cpu()
                       for part in tokens.split(100)])

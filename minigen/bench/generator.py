@@ -1,4 +1,4 @@
-"""What chapter 10's generator draws of classes, by steps and guidance: quality."""
+"""Quality of the images of chapter 10's generator, by steps and guidance."""
 
 from minigen.bench import Row
 from minigen.bench.decoders import DECODING, UNITS

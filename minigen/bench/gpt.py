@@ -15,10 +15,10 @@ MB = 1e6
 
 def step_time(models: dict, length: int, windows: int, use_cache: bool,
               repetitions: int) -> dict[str, float]:
-    """Mean seconds per token of a sequence, for each named (model, batch), alternately.
+    """Mean seconds per position of a sequence, for each named (model, batch).
 
-    One token is timed at `windows` evenly spaced positions, and the times are
-    integrated by the trapezoidal rule.
+    Steps are timed at `windows` evenly spaced positions, alternating between models,
+    and integrated by the trapezoidal rule.
     """
     positions = torch.linspace(1, length - 1, windows).long().tolist()
     step, cache = {}, dict.fromkeys(models)

@@ -56,7 +56,7 @@ def document_seconds(model: DocumentImageGPT, images: int, windows: int,
 
 @torch.inference_mode()
 def cached_logits(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Tensor:
-    """What `model(tokens, labels)` gives, one token at a time through the cache."""
+    """The logits of `model(tokens, labels)`, computed token by token with the cache."""
     start = model.class_embedding(labels, len(labels))[:, None]
     x = torch.cat([start, model.tokens(tokens)], dim=1)
     cache = model.transformer.cache(len(tokens))

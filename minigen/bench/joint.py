@@ -1,4 +1,4 @@
-"""What one model of texts and images costs each of its tasks, and what two norms do.
+"""What joint training on text and images costs each task; qk-norm and z-loss.
 
 Small runs of chapter 9; bits are those of unseen images and of their captions."""
 
@@ -33,7 +33,7 @@ RATE = 1e-2  # five times that of the presets
 
 def configuration(name: str, seed: int, quick: bool, folder: Path,
                   **changes) -> anytoany.Config:
-    """The options of a small run on 64 tokens an image, and on images of its own."""
+    """The options of a small run: 64 tokens per image, and images of its own seed."""
     preset = anytoany.PRESETS["test" if quick else "cpu"]
     sizes = {"steps": 4} if quick else {
         "steps": 1000, "dim": 128, "depth": 4, "train_images": 8000, "warmup": 50,
@@ -46,7 +46,7 @@ def configuration(name: str, seed: int, quick: bool, folder: Path,
 
 @torch.no_grad()
 def watch(model: AnyToAny, tokens: Tensor, learned: Tensor) -> dict[str, float]:
-    """The loss of sequences, the mean log Z, and the largest score of any attention."""
+    """The loss of sequences, their mean log Z, and the largest attention score."""
     largest, was_training = [], model.training
 
     def note(attention: Attention, inputs: tuple, output: Tensor) -> None:
@@ -70,7 +70,7 @@ def watch(model: AnyToAny, tokens: Tensor, learned: Tensor) -> dict[str, float]:
 
 
 def norm_rows(quick: bool, folder: Path) -> list[Row]:
-    """How loss, logits and scores grow at a high rate, with each norm and without."""
+    """Rows on loss, log Z and scores at a high learning rate, for each of `NORMS`."""
     found, device = [], pick_device()
     for name, changes in NORMS.items():
         steps = 4 if quick else 400
@@ -90,7 +90,7 @@ def norm_rows(quick: bool, folder: Path) -> list[Row]:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows for each task and seed, and then for each norm and step."""
+    """Rows for each task and seed, then for each of `NORMS` and step."""
     found = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -23,7 +23,7 @@ def models(shape: dict, side: int, dtype=torch.float32) -> tuple[MaskGIT, ImageG
 
 @torch.inference_mode()
 def forwards(model: MaskGIT, labels: Tensor, steps: int, masking="cosine") -> None:
-    """The forward passes of guided generation alone, with nothing chosen or kept.
+    """Only the forward passes of guided generation, without sampling.
 
     The output layer runs only where a token is masked.
     """
@@ -65,7 +65,7 @@ def rows(quick: bool = False) -> list[Row]:
                      note=f"{time['imagegpt']:.2f} s against {time['maskgit']:.2f} s"
                           f"{reason}"))
 
-    # chapter 5's size from here on: what the document says, and where it ends
+    # chapter 5's size from here on: the document's claim, and where it stops holding
     shape = QUICK if quick else QUICK | {"dim": 512, "heads": 8, "depth": 6}
     maskgit, imagegpt = models(shape, 16 if quick else 32)
     time = medians({

@@ -21,7 +21,7 @@ UNITS = ("parameters", "images", "s", "loss", "FD", "accuracy")
 
 
 def operations(config: diffusion.Config) -> float:
-    """Those of a training step."""
+    """Floating-point operations of a training step."""
     items = load_dataset("landscapes", config.size, "train", 1)
     shape = {name: getattr(config, name) for name in (
         "network", "patch_size", "channels", "blocks", "dim", "depth", "heads")}
@@ -31,7 +31,7 @@ def operations(config: diffusion.Config) -> float:
 
 
 def configuration(name: str, seed: int, quick: bool, folder: Path) -> diffusion.Config:
-    """The options of a run, with as many steps as its operations pay for."""
+    """The options of a run, with as many steps as `OPERATIONS` allow."""
     sizes = {"steps": 2} if quick else {"warmup": 50, "ema": 0.99,
                                         "train_images": 20_000}
     config = replace(
@@ -44,7 +44,7 @@ def configuration(name: str, seed: int, quick: bool, folder: Path) -> diffusion.
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows for each network and seed; images have no guidance."""
+    """Rows for each network and seed, then for real images; no guidance is used."""
     count, found = 72 if quick else 500, []
     judge = Judge(landscapes("val", count if quick else 1000)[0])
     note = f"{count} images, extractor {judge.extractor.hash}"

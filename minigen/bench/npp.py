@@ -23,7 +23,7 @@ def make(shape: dict, codes: int, side: int) -> NPP:
 
 
 def training_times(model: NPP, images: int, repetitions: int) -> dict:
-    """Seconds of a gradient at each side, and of a step of the optimizer."""
+    """Seconds of a gradient at each patch side, and of an optimizer step."""
     batch = CodeItem(torch.randint(model.config.codebook_size, (images, model.length)),
                      torch.arange(images))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -33,15 +33,15 @@ def training_times(model: NPP, images: int, repetitions: int) -> dict:
 
 
 def repeated_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss of patches with a copy of the logits for each of its tokens."""
+    """The patch loss with a copy of the logits for each token of a patch."""
     logits = (hidden @ weight.T)[:, :, None].expand(-1, -1, targets.shape[2], -1)
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten())
 
 
 def loss_times(codes: int, repetitions: int) -> tuple[dict, float]:
-    """Seconds of both patch losses with gradients, and how far their gradients are.
+    """Seconds of both patch losses with gradients; largest difference of the gradients.
 
-    The hidden states are narrow: the product of the output layer is the same for both.
+    The hidden states are narrow, since the output layer costs both losses the same.
     """
     dim = 8
     hidden = torch.randn(4, 64, dim, requires_grad=True)
@@ -58,7 +58,7 @@ def loss_times(codes: int, repetitions: int) -> tuple[dict, float]:
 
 @torch.inference_mode()
 def products(model: NPP, rows: int) -> None:
-    """The matrix products of one step of drawing alone, for so many sequences."""
+    """Only the matrix products of one sampling step, for `rows` sequences."""
     x = torch.zeros(rows, model.config.dim, dtype=model.head.weight.dtype)
     for block in model.transformer.blocks:
         attention, mlp = block.attention, block.mlp
@@ -71,7 +71,7 @@ def products(model: NPP, rows: int) -> None:
 
 @torch.inference_mode()
 def drawing_step(model: NPP, images: int, position: int):
-    """A function that draws one token at a position, of so many guided images."""
+    """A function that draws the token at a position for `images` guided images."""
     step, guidance = unwrap(model.transformer), Guidance(2.0)
     cache = model.transformer.cache(2 * images, model.length)
     token = torch.zeros(2 * images, 1, dtype=torch.int64)

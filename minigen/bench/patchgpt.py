@@ -57,7 +57,7 @@ class PlainPatchGPT(nn.Module):
 
     @torch.no_grad()
     def copy(self, model: PatchGPT) -> "PlainPatchGPT":
-        """Take over the weights of a `PatchGPT`, so that both give the same outputs."""
+        """Copy the weights of a `PatchGPT`, so that both give the same outputs."""
         self.embed.load_state_dict(model.embed.state_dict())
         self.out.load_state_dict(model.head.out.state_dict())
         self.start.copy_(model.class_embedding.weight[-1])
@@ -93,7 +93,7 @@ class Step:
 def document_seconds(
     model: DocumentPatchGPT, images: int, windows: int, repetitions: int
 ) -> float:
-    """Seconds in which the document's loop draws.
+    """Seconds that the document's loop takes to draw `images` images.
 
     Steps are timed at evenly spaced lengths and integrated by the trapezoidal rule.
     """
@@ -107,7 +107,7 @@ def document_seconds(
 
 @torch.inference_mode()
 def cached_outputs(model: PatchGPT, patches: Tensor) -> Tensor:
-    """What `model(patches)` gives, one patch after the other through the cache."""
+    """The outputs of `model(patches)`, computed patch by patch with the cache."""
     cache = model.transformer.cache(len(patches))
     hidden = [model.transformer(model.inputs(patches, p, p + 1), cache)
               for p in range(patches.shape[1] + 1)]

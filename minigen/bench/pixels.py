@@ -1,4 +1,4 @@
-"""What changes a small pixel GPT of chapter 1: quality, not speed.
+"""How design choices change a small pixel GPT of chapter 1: quality, not speed.
 
 Each case has three seeds; FD-landscape is of images in the model's few colors."""
 
@@ -26,7 +26,7 @@ FIT = FitConfig(steps=STEPS[-1], batch_size=16, lr=4e-3, warmup=50, precision="f
 
 @dataclass(frozen=True)
 class Case:
-    """One way to read an image, and the model that reads it."""
+    """One way to turn an image into a sequence, and the size of its model."""
 
     name: str
     positions: str = "learned"
@@ -47,7 +47,7 @@ class Case:
         return F.pad(rows, (0, self.separators), value=SEPARATOR).flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Sequences to images (B, 3, H, W); a misplaced separator is black."""
+        """Sequences (B, T) to images (B, 3, H, W); a misplaced separator is black."""
         rows = tokens.unflatten(1, (SIZE, self.width))[..., :SIZE]
         colors = rows.where(rows < SEPARATOR, 0).flatten(1)
         images = ColorTokenizer(BITS).decode(colors, SIZE, SIZE)
@@ -92,7 +92,7 @@ def nats_per_color(model: Drawer, tokens: Tensor) -> float:
 
 def train_and_measure(case: Case, config: FitConfig, train: Tensor, val: Tensor,
                       judge: Judge) -> Iterator[tuple[int, dict]]:
-    """Yield the step, and figures by their units, whenever they are due."""
+    """Train, and yield the step and the figures by unit at each evaluation."""
     torch.manual_seed(config.seed)
     device = pick_device()
     model, data = Drawer(case).to(device), case.encode(train)
@@ -114,7 +114,7 @@ def train_and_measure(case: Case, config: FitConfig, train: Tensor, val: Tensor,
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows for each case, seed and unit; the first case also along the training."""
+    """Rows for each case, seed and unit; of the first case also during training."""
     cases, seeds, count, drawn, config = CASES, 3, 20_000, 256, FIT
     if quick:
         cases, seeds, count, drawn = [CASES[0], CASES[3], CASES[4]], 1, 64, 72

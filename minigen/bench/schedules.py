@@ -1,6 +1,6 @@
 """Where the gain of Next Patch Prediction comes from: its patches, or its schedule?
 
-Each run has three seeds; FD-landscape and class accuracy are of what it draws."""
+Each run has three seeds; FD-landscape and class accuracy are of its images."""
 
 import math
 import tempfile
@@ -26,7 +26,7 @@ UNITS = ("bits", "FD", "accuracy", "Mtokens", "Tflop", "s")
 
 def configuration(name: str, run: dict, seed: int, quick: bool, folder: Path,
                   ) -> npp.Config:
-    """The options of one run: small, on 64 tokens an image, images of its own seed."""
+    """The options of a small run: 64 tokens per image, and images of its own seed."""
     preset = npp.PRESETS["test" if quick else "cpu"]
     steps = 8 if quick else STEPS
     changes = {"steps": steps} | run

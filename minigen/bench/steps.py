@@ -25,7 +25,7 @@ UNITS = ("FD", "precision", "recall", "accuracy")
 
 
 def seconds(variant: str) -> list[Row]:
-    """Rows for one guided image by itself, at each number of steps and by ImageGPT."""
+    """Rows with the seconds of one guided image: MaskGIT by steps, and ImageGPT."""
     device = pick_device()
     options = {"labels": torch.zeros(1, dtype=torch.int64, device=device),
                "guidance": Guidance(2.0)}
@@ -40,9 +40,9 @@ def seconds(variant: str) -> list[Row]:
 
 
 def compare(variant: str, settings: list[dict], count: int, quick: bool) -> list[Row]:
-    """Rows for each setting and for ImageGPT, of `count` images each.
+    """Rows for each setting, ImageGPT and real images, with `count` images each.
 
-    `quick` takes the first setting only.
+    `quick` takes only the first setting.
     """
     judge = Judge(landscapes("val", count if quick else 1000)[0])
     note = f"{count} images, extractor {judge.extractor.hash}"
@@ -58,6 +58,6 @@ def compare(variant: str, settings: list[dict], count: int, quick: bool) -> list
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows of 64 tokens for each setting, and for ImageGPT."""
+    """Rows for 64 tokens: each setting, ImageGPT, real images, and seconds."""
     variant = "tokens64"
     return compare(variant, SETTINGS, 72 if quick else 500, quick) + seconds(variant)

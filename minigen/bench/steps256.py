@@ -12,5 +12,5 @@ SETTINGS = [
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows of 256 tokens for each setting, and for ImageGPT."""
+    """Rows for 256 tokens: each setting, ImageGPT and real images."""
     return compare("tokens256", SETTINGS, 72 if quick else 250, quick)

@@ -1,4 +1,4 @@
-"""Which sampling settings draw the best images of chapter 5: quality, not speed.
+"""With which sampling settings chapter 5's model draws best: quality, not speed.
 
 Each draws the same classes; FD-landscape is lower for better images."""
 
@@ -28,7 +28,7 @@ SETTINGS = [
 
 
 class Judge:
-    """Compares images with `real` ones (M, 3, H, W), whose features are kept."""
+    """Measures images against `real` ones (M, 3, H, W) by the network of chapter 6."""
 
     def __init__(self, real: Tensor):
         self.extractor = load_extractor().to(pick_device())
@@ -39,7 +39,7 @@ class Judge:
         return torch.cat([self.extractor(batch) for batch in in_batches(images)])
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """Figures by their units, of images that should show the classes `labels`."""
+        """Figures, by unit, of images (N, 3, H, W) of the classes `labels` (N,)."""
         features = self.features(images)
         precision, recall = precision_recall(features, self.real_features)
         found = {"FD": frechet_distance(features, self.real_features),
@@ -51,7 +51,7 @@ class Judge:
 
 
 def landscapes(split: str, count: int, size: int = 64) -> tuple[Tensor, Tensor]:
-    """Real images (N, 3, size, size), and their labels (N,)."""
+    """Real images (N, 3, size, size) in [0, 1], and their labels (N,)."""
     items = list(load_dataset("landscapes", size, split, count))
     return (torch.stack([item.image for item in items]),
             torch.tensor([item.label for item in items]))
@@ -65,7 +65,7 @@ def as_rows(case: str, figures: dict[str, float], units: tuple[str, ...],
 
 
 def named(setting: dict) -> str:
-    """A setting in words."""
+    """A setting as text, such as "guidance 2.0, top_k 200"."""
     return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 

@@ -35,7 +35,7 @@ LOSSES = {"plain": plain_loss, "pieces": pieces_loss}
 
 
 class Step:
-    """One step of the pixel GPT with AdamW, fused in ours, clipping and autocast."""
+    """A training step of the pixel GPT: autocast, clipping, AdamW (fused in ours)."""
 
     def __init__(self, loss: str, dtype: torch.dtype, length: int, batch: int = 1,
                  device: torch.device = CPU, compiled: bool = False):
@@ -60,10 +60,9 @@ class Step:
 
 
 def measure_peak(loss: str, dtype: str, length: int) -> int:
-    """Bytes that a step adds at its peak to what the process held before it.
+    """Bytes that a step adds, at its peak, to what the process held before.
 
-    First a short step, so that gradients and moments are there, and then the one that
-    counts.
+    A short step comes first, so that gradients and moments are already allocated.
     """
     step = Step(loss, getattr(torch, dtype), length)
     whole, step.tokens = step.tokens, step.tokens[:, :65]
@@ -78,8 +77,8 @@ def gpu_rows(device: torch.device, length: int, batch: int,
              repetitions: int) -> list[Row]:
     """Tokens per second and the share of a known card's peak, compiled and not."""
     rows, model = [], GPT(GPTConfig())
-    # PaLM (Chowdhery et al. 2022), appendix B: 6 for each weight that multiplies, and
-    # the attention
+    # PaLM (Chowdhery et al. 2022), appendix B: per token, 6 for each weight that
+    # multiplies, plus the attention
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if "positions" not in name)
     flops = 6 * weights + 12 * model.config.depth * model.config.dim * length

@@ -19,7 +19,7 @@ from minigen.codes import CodeDataset
 from minigen.data import load_dataset
 from minigen.vq import VQConfig, VQModel, nearest_code
 
-# Sizes of codebooks, LlamaGen's and a VQ-VAE's, and how much faster than cdist to be.
+# (codes, dimension) of LlamaGen's codebook and a VQ-VAE's: target speed-up over cdist.
 SIZES = {(16384, 8): 1.6, (1024, 256): 1.0}
 
 
@@ -48,9 +48,9 @@ def added_peak(search: str, count: int, size: int, dim: int) -> int:
 
 
 def mistakes(search: str, vectors: Tensor, codebook: Tensor) -> int:
-    """How many answers are farther than the nearest code by more than rounding."""
+    """How many chosen codes are farther than the nearest one by more than rounding."""
     found, wrong = SEARCHES[search](vectors, codebook).split(1024), 0
-    # what d + 2 roundings can do to v . c - |c|^2 / 2, twice
+    # bound on d + 2 rounding errors in v . c - |c|^2 / 2, for two codes
     unit = 2 * (codebook.shape[1] + 2) * torch.finfo(torch.float32).eps
     half = codebook.double().square().sum(dim=1) / 2                  # (K,)
     for part, codes in zip(vectors.double().split(1024), found, strict=True):
@@ -62,13 +62,13 @@ def mistakes(search: str, vectors: Tensor, codebook: Tensor) -> int:
 
 
 def against(measured: dict[str, float], unit: float, name: str) -> str:
-    """Both figures in words."""
+    """Both figures as text, such as "12 ms against 19 ms"."""
     ours, other = (f"{measured[key] * unit:.0f} {name}" for key in ("ours", "plain"))
     return f"{ours} against {other}"
 
 
 def lookup_rows(quick: bool) -> list[Row]:
-    """The search at both sizes: time, added memory, and whether it is right."""
+    """Rows for the search at both sizes: time, added memory and mistakes."""
     count, repetitions, found = 1024 if quick else 16384, 2 if quick else 7, []
     for (size, dim), least in SIZES.items():
         vectors, codebook = example(count, size, dim)
@@ -90,7 +90,7 @@ def lookup_rows(quick: bool) -> list[Row]:
 
 
 def extract(processes: int, tokenizer: Path, out: Path, images: int) -> float:
-    """Seconds of the whole command, each process with its share of two's threads."""
+    """Seconds of the whole command; each process has half as many threads as cores."""
     command = ["-m", "minigen", "extract-codes", "--tokenizer", tokenizer, "--out", out,
                "--data", "landscapes", "--size", 64, "--length", images]
     if processes > 1:
@@ -104,7 +104,7 @@ def extract(processes: int, tokenizer: Path, out: Path, images: int) -> float:
 
 
 def code_rows(quick: bool) -> list[Row]:
-    """Extracting the codes of images of 64 x 64, and reading against encoding again."""
+    """Rows for extracting codes of 64 x 64 images, and for reading against encoding."""
     torch.manual_seed(0)
     model = VQModel(VQConfig(channels=8 if quick else 32, downsample=8)).eval()
     images, reads = (32, 200) if quick else (4096, 20_000)

@@ -1,1 +1,1 @@
-"""Training scripts, one per chapter: a config, presets, `build`, and `sample`."""
+"""Training scripts, one per chapter: `Config`, `PRESETS`, `build` and `sample`."""

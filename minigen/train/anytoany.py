@@ -1,4 +1,4 @@
-"""Train the model of chapter 9 on captions and images, and draw along the way."""
+"""Train chapter 9's model of captions and images, generating images along the way."""
 
 import math
 from collections.abc import Iterable
@@ -33,28 +33,28 @@ from minigen.train import imagegpt
 from minigen.training import evaluate as mean_loss
 from minigen.transformer import TransformerConfig
 
-MANY = 100  # sequences at a time, whose cache fits in memory
+MANY = 100  # sequences generated at a time, so that their cache fits in memory
 
 
 @dataclass(kw_only=True)
 class Config(RunConfig, TransformerConfig):
     """A run of chapter 9. Every field is an option of the command line."""
 
-    tokenizer: str = ""  # of images; empty: train one first, as chapter 5 does
-    codes_in: str = ""  # folder of extracted codes, to share among runs; empty: `out`
-    ten_crop: bool = False  # train on the codes of ten crops of each image
-    text_tokens: int = 512  # the text tokenizer has at most so many
-    length: int = 192  # tokens of the longest sequence
-    qk_norm: bool = True  # Chameleon's norm of queries and keys
-    positions: str = "none"  # of the transformer: the model adds its own
-    text_weight: float = 1.0  # of a text token in the loss
-    image_weight: float = 1.0  # of an image token in the loss
-    z_loss: float = 1e-5  # weight of the squared log partition
+    tokenizer: str = ""  # of images, as in chapter 5; empty: train one first
+    codes_in: str = ""  # folder for the codes, which runs can share; empty: `out`
+    ten_crop: bool = False  # train on ten crops of each image
+    text_tokens: int = 512  # largest vocabulary of the text tokenizer, at least 256
+    length: int = 192  # tokens in the longest sequence
+    qk_norm: bool = True  # normalize queries and keys, as Chameleon does
+    positions: str = "none"  # none or learned, besides those that the model adds
+    text_weight: float = 1.0  # weight of a text token or mark in the loss
+    image_weight: float = 1.0  # weight of an image token in the loss
+    z_loss: float = 1e-5  # weight of (log Z)^2 in the training loss
     text_first: float = 0.45  # share of images that come after their caption
-    image_first: float = 0.35  # and before it; of the others, inside of it
+    image_first: float = 0.35  # share before their caption; the rest are inside it
     pairs: float = 0.25  # share of batches whose sequences have two images each
-    text_dropout: float = 0.1  # share of captions left out, for guidance
-    guidance: float = 2.0  # scale of the guidance at the evaluations
+    text_dropout: float = 0.1  # share of images trained without the text before them
+    guidance: float = 2.0  # guidance scale at the evaluations
     batch_size: int = 16  # images per batch, over all processes together
     out: Path = Path("runs/anytoany")  # checkpoint, images and result.json go here
 
@@ -89,15 +89,15 @@ def captions_of(dataset: Dataset) -> list[str]:
 def build(config: Config, device: torch.device) -> Task:
     """The model of chapter 9, its codes and captions.
 
-    An image file has a row drawn from validation captions, and one of the top halves of
-    their images completed with the captions.
+    In the image file of a step, the upper row is generated from validation captions,
+    and the lower row completes the top halves of their images, given the captions.
     """
     name, (train_codes, val_codes) = imagegpt.make_codes(config, device)
     tokenizer = load_tokenizer(name).to(device)
     columns = config.samples
     captions = {split: captions_of(config.dataset(split)) for split in ("train", "val")}
     text = train_text_tokenizer(captions["train"], config.text_tokens)
-    torch.manual_seed(config.seed)  # whatever making the codes has drawn
+    torch.manual_seed(config.seed)  # even if making the codes used random numbers
     model = AnyToAny(config.select(
         get_type_hints(AnyToAny.__init__)["config"], text=text.to_str(),
         codebook_size=tokenizer.codebook_size, height=train_codes.grid[0],
@@ -138,7 +138,7 @@ def build(config: Config, device: torch.device) -> Task:
 
 def draw_images(model: nn.Module, tokenizer: nn.Module, prompts: Iterable[Iterable],
                 **options) -> Tensor:
-    """One image (B, 3, H, W) after, or completing, each list of texts and images."""
+    """Images (B, 3, H, W) that follow or complete B lists of texts and images."""
     prompts = [list(parts) for parts in prompts]
     lists = [parts for n in range(0, len(prompts), MANY) for parts in complete_all(
         model, tokenizer, prompts[n : n + MANY], "image", **options)]
@@ -147,7 +147,7 @@ def draw_images(model: nn.Module, tokenizer: nn.Module, prompts: Iterable[Iterab
 
 def write_captions(model: nn.Module, tokenizer: nn.Module, images: list[Tensor],
                    **options) -> list[str]:
-    """A caption of each image (3, H, W); empty where the model writes none."""
+    """A caption for each image (3, H, W) in [0, 1]; empty if the model writes none."""
     lists = [parts for n in range(0, len(images), MANY) for parts in complete_all(
         model, tokenizer, [[image] for image in images[n : n + MANY]], "text",
         **options)]
@@ -162,14 +162,15 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(Options):
-    """What a checkpoint of chapter 9 draws and writes."""
+    """Generate images from captions, or write a caption, with a model of chapter 9."""
 
-    tokenizer: str = ""  # as for `train`; empty: the one near the checkpoint
-    text: str = ""  # draw what it says; before `image`, it is continued after it
-    image: Path | None = None  # write what this file shows
-    guidance: float = 2.0  # how much more of the text: 1 is none
-    top_k: int | None = None  # draw among this many likeliest tokens
-    top_p: float | None = None  # draw among the fewest tokens of this probability
+    tokenizer: str = ""  # as in `train`; empty: the one that belongs to the checkpoint
+    # caption of the images; empty: captions of `data`; with `image`, text before it
+    text: str = ""
+    image: Path | None = None  # instead, write a caption for this image file
+    guidance: float = 2.0  # guidance scale for the text: 1 is none
+    top_k: int | None = None  # sample only from this many likeliest tokens
+    top_p: float | None = None  # sample from the likeliest that sum to this probability
 
 
 def load_both(checkpoint: str, options: SampleOptions) -> tuple[AnyToAny, nn.Module]:
@@ -180,7 +181,7 @@ def load_both(checkpoint: str, options: SampleOptions) -> tuple[AnyToAny, nn.Mod
 
 
 def drawing(options: SampleOptions) -> dict:
-    """The options of the sampler."""
+    """The options of the sampler, from those of the command."""
     generator = torch.Generator(pick_device()).manual_seed(options.seed)
     return {"temperature": options.temperature, "top_k": options.top_k,
             "top_p": options.top_p, "guidance": Guidance(options.guidance),
@@ -188,7 +189,7 @@ def drawing(options: SampleOptions) -> dict:
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) of one text, or of validation captions; and their labels."""
+    """Images (B, 3, H, W) of one text, or of validation captions with labels (B,)."""
     model, tokenizer = load_both(checkpoint, options)
     size = model.config.height * tokenizer.config.downsample
     texts, labels = [options.text] * options.count, None
@@ -201,7 +202,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path | str:
-    """Write a grid of the images that `draw` returns; or the caption of an image."""
+    """Write the images that `draw` returns and return the file; or return a caption."""
     if options.image is None:
         images, _ = draw(checkpoint, options)
         return imagegpt.save_samples(images, options)
@@ -211,11 +212,11 @@ def sample(checkpoint: str, options: SampleOptions) -> Path | str:
     given = [options.text] * bool(options.text) + [image]
     parts = model.complete(tokenizer, given, "text", **drawing(options))
     texts = [part.strip() for part in parts if isinstance(part, str)]
-    return " ... ".join(texts) or "(it says nothing)"
+    return " ... ".join(texts) or "(no caption)"
 
 
 def read_image(file: Path, size: int) -> Tensor:
-    """The square in the middle of an image file, (3, size, size) in [0, 1]."""
+    """The central square of an image file, resized: (3, size, size) in [0, 1]."""
     try:
         return to_item(read_square(file, size, file), 0, "").image
     except ValueError as error:

@@ -26,29 +26,29 @@ from minigen.transformer import TransformerConfig
 class Config(RunConfig, TransformerConfig):
     """A run of chapter 10. Every field is an option of the command line."""
 
-    decoder: bool = False  # decode the tokens of `tokenizer`, instead of a class
-    tokenizer: str = ""  # of the decoder; empty: train one first, as chapter 5 does
-    codes_in: str = ""  # folder of extracted codes, to share among runs; empty: `out`
-    ten_crop: bool = False  # not for images beside their codes
+    decoder: bool = False  # train a decoder of `tokenizer`'s tokens, not a generator
+    tokenizer: str = ""  # of the decoder, as in chapter 5; empty: train one first
+    codes_in: str = ""  # folder for the codes, which runs can share; empty: `out`
+    ten_crop: bool = False  # not supported: training pairs whole images with codes
     network: Literal["unet", "dit"] = "unet"  # convolutions, or a transformer
-    channels: int = 24  # unet: of its finest level; the others have 2 and 4 times more
+    channels: int = 24  # unet: at its finest level; 2 and 4 times as many at the others
     blocks: int = 1  # unet: residual blocks on each level, on the way down and up
-    patch_size: int = 2  # side of the patches that the network sees, in pixels
-    positions: Literal["learned", "rowcol"] = "rowcol"  # dit: of its patches
-    labels: bool = True  # give the generator the classes, if the data set has any
+    patch_size: int = 2  # side of the patches that the network reads, in pixels
+    positions: Literal["learned", "rowcol"] = "rowcol"  # not used: dit is "rowcol"
+    labels: bool = True  # condition the generator on classes, if there are several
     class_dropout: float = 0.1  # share of labels left out in training, for guidance
-    token_dropout: float = 0.1  # share of images whose tokens training leaves out
-    guidance: float = 2.0  # scale of the guidance by classes at the evaluations
-    sampling_steps: int = 20  # at the evaluations, with Heun's method
+    token_dropout: float = 0.1  # share of images whose tokens are left out in training
+    guidance: float = 2.0  # class guidance scale at the evaluations
+    sampling_steps: int = 20  # steps of Heun's method at the evaluations
     batch_size: int = 16  # images per batch, over all processes together
-    weight_decay: float = 0.0  # on matrices only
+    weight_decay: float = 0.0  # on matrices and kernels only
     out: Path = Path("runs/diffusion")  # checkpoint, images and result.json go here
 
     def __post_init__(self):
         super().__post_init__()
         if self.ten_crop:
-            raise ValueError("ten_crop has codes of crops, and this script trains on "
-                             "whole images beside their codes: leave it out")
+            raise ValueError("ten_crop makes codes of crops, but this script trains on "
+                             "whole images and their codes: leave it out")
 
 
 PRESETS = presets(
@@ -71,8 +71,8 @@ PRESETS = presets(
 def build(config: Config, device: torch.device) -> Task:
     """The model of chapter 10 and its images, beside their codes for a decoder.
 
-    An image file of a generator has one image of each class after the other. That of a
-    decoder has validation images, and below each of them what its tokens became.
+    The image file of a step shows, for a generator, one image of each class in turn,
+    and for a decoder, validation images with their decoded tokens below.
     """
     data = {split: config.dataset(split) for split in ("train", "val")}
     images = torch.stack([item.image for item in data["val"]])
@@ -89,7 +89,7 @@ def build(config: Config, device: torch.device) -> Task:
                  "tokenizer": config.tokenizer or "tokenizer",
                  "fingerprint": tokenizer.fingerprint()}
         tokens = tokenizer.encode(images[:columns])
-    torch.manual_seed(config.seed)  # whatever making the codes has drawn
+    torch.manual_seed(config.seed)  # even if making the codes used random numbers
     model = Diffusion(config.select(
         get_type_hints(Diffusion.__init__)["config"], height=config.size,
         width=config.size, classes=classes, **about)).to(device)
@@ -127,18 +127,19 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(Options):
-    """Images drawn by a checkpoint of chapter 10."""
+    """Generate images, or decode tokens, with a checkpoint of chapter 10."""
 
-    tokenizer: str = ""  # of a decoder, as for `train`; empty: the one near it
-    prior: str = ""  # a model of chapters 5 or 7 that makes a decoder's tokens
-    label: int | None = None  # class of all images; else each in turn
-    guidance: float = 2.0  # how much more of the class: 1 is none
-    steps: int = 20  # from noise to an image
-    method: Method = "heun"  # asks twice for each step; "euler" asks once
+    tokenizer: str = ""  # of a decoder, as in `train`; empty: the decoder's own
+    # decoder: model of chapter 5, 7 or 8 that makes the tokens; empty: those of `data`
+    prior: str = ""
+    label: int | None = None  # class of all images; None: each in turn
+    guidance: float = 2.0  # class guidance scale: 1 is none
+    steps: int = 20  # integration steps from noise to an image
+    method: Method = "heun"  # two network passes per step; "euler" takes one
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) of the model that `load(checkpoint)` finds; the labels.
+    """Images (B, 3, H, W) in [0, 1] of the model `load(checkpoint)`; labels or None.
 
     A decoder gets its tokens from the model `prior`, or from validation images.
     """
@@ -180,6 +181,6 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write a grid of the images that `draw` returns."""
+    """Write a grid of the images that `draw` returns; return the file."""
     images, _ = draw(checkpoint, options)
     return imagegpt.save_samples(images, options)

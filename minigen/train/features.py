@@ -1,4 +1,4 @@
-"""Train a network of chapter 6 that names what a landscape shows."""
+"""Train a feature network of chapter 6, which names what a landscape shows."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ class Config(RunConfig):
 
     body: Literal["plain", "residual"] = "residual"  # kind of each level's convolutions
     widths: tuple[int, ...] = (24, 48, 64, 96)  # channels of the levels
-    dim: int = 64  # features of an image
-    size: int = 64  # side of the images it looks at
-    weight_decay: float = 0.05  # on matrices only
+    dim: int = 64  # number of features of an image
+    size: int = 64  # side of the square images it reads, in pixels
+    weight_decay: float = 0.05  # on matrices and kernels only
     batch_size: int = 64  # images per batch, over all processes together
     out: Path = Path("runs/features")  # checkpoint and result.json go here
 

@@ -32,19 +32,21 @@ from minigen.vq import VQModel
 class Config(RunConfig, TransformerConfig):
     """A run of chapter 5. Every field is an option of the command line."""
 
-    tokenizer: str = ""  # of chapter 4, or a file of LlamaGen's; empty: train one first
-    codes_in: str = ""  # folder of extracted codes, to share among runs; empty: `out`
-    ten_crop: bool = False  # train on the codes of ten crops of each image, as LlamaGen
-    labels: bool = True  # give the model the classes, if the data set has any
+    tokenizer: str = ""  # a run, shipped model or LlamaGen .pt; empty: train one first
+    codes_in: str = ""  # folder for the codes, which runs can share; empty: `out`
+    ten_crop: bool = False  # train on ten crops of each image, as LlamaGen does
+    labels: bool = True  # condition the model on the class, if there are several
     class_dropout: float = 0.1  # share of labels left out in training, for guidance
-    guidance: float = 2.0  # scale of the guidance at the evaluations
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of that scale
-    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"  # of tokens
+    guidance: float = 2.0  # guidance scale at the evaluations
+    # of the guidance scale: constant, or rising from 1 to `guidance` over the tokens
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    # position encoding: one vector each, row plus column, rotary over the grid, or none
+    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rowcol"
     batch_size: int = 16  # items per batch, over all processes together
     out: Path = Path("runs/imagegpt")  # checkpoint, images and result.json go here
 
     def __post_init__(self):
-        super().__post_init__()  # what follows would fail only after the tokenizer
+        super().__post_init__()  # the model would check this only after the tokenizer
         check_numbers(self, class_dropout=SHARE)
 
 
@@ -52,7 +54,7 @@ PRESETS = presets(
     Config,
     test=TINY | {"depth": 1, "heads": 2, "dim": 16},
     demo={"train_images": 1000, "precision": "float32"},  # two CPU cores, half a minute
-    # 5e14 FLOPs: an hour on one core with bfloat16; as wide as 5 MB in half precision
+    # 5e14 FLOPs: an hour on one core with bfloat16; 5 MB in float16 set the width
     cpu={"size": 64, "dim": 168, "heads": 6, "depth": 6, "train_images": 40_000,
          "val_images": 1000, "steps": 3800, "batch_size": 32, "lr": 1.5e-3,
          "warmup": 100, "ema": 0.998, "save_every": 200,
@@ -64,12 +66,13 @@ PRESETS = presets(
           "eval_steps": (200, 400, 800, 1600, 3000, 6000, 10_000, 20_000)},
     # LlamaGen-B on ImageNet 256 (arXiv 2406.06525, section 3.1): 16 x 16 tokens, 300
     # epochs of 1.28 million images. Not as published: GPT-2's block and positions (see
-    # --norm, --mlp and --positions), a rate that falls, an initialized output layer, no
-    # dropout of whole tokens; and an epoch sees each of the ten crops instead of one.
+    # --norm, --mlp and --positions), a falling learning rate, an output layer that does
+    # not start at zero; and a pass over the data has all ten crops of an image instead
+    # of one.
     paper={"tokenizer": "vq_ds16_c2i.pt", "data": "imagenet", "size": 256,
            "ten_crop": True, "dim": 768, "heads": 12, "depth": 12, "dropout": 0.1,
-           "weight_decay": 0.05, "train_images": 1_281_167, "val_images": 5000,
-           "steps": 1_501_368, "batch_size": 256, "lr": 1e-4, "warmup": 1,
+           "attention_dropout": 0.0, "weight_decay": 0.05, "train_images": 1_281_167,
+           "val_images": 5000, "steps": 1_501_368, "batch_size": 256, "lr": 1e-4, "warmup": 1,
            "eval_steps": (1000, 5000, 20_000, 50_000, 100_000, 250_000, 500_000,
                           1_000_000, 1_501_368),
            "save_every": 5000, "workers": 16},
@@ -78,7 +81,10 @@ PRESETS = presets(
 
 def make_codes(config: Config,
                device: torch.device) -> tuple[str, list[CodeDataset]]:
-    """The tokenizer's name and the codes to train and evaluate on, made if missing."""
+    """The tokenizer's name, and its codes of train and val; made if missing."""
+    if not config.train_images:
+        raise ValueError("a model of codes needs a number of images whose codes are "
+                         "stored: expected train_images above 0, found 0")
     name, folder = config.tokenizer, Path(config.codes_in or config.out)
     if not name:
         name = str(config.out / "tokenizer")
@@ -105,9 +111,10 @@ def build(config: Config, device: torch.device, kind: type = ImageGPT,
           unit: str = "token") -> Task:
     """A model of tokens, of chapter 5 or a later one, and its codes.
 
-    The upper row of an image file is drawn from nothing, one class after the other; the
-    lower one completes the top halves of validation images. `classes.png` has a row for
-    each class, of at most sixteen. The loss is in nats for each `unit`.
+    In the image file of a step, the upper row is generated from scratch, one class
+    after another, and the lower row completes the top halves of validation images.
+    `classes.png` has a row for each of up to sixteen classes. The loss is in nats per
+    `unit`.
     """
     name, (train, val) = make_codes(config, device)
     tokenizer = load_tokenizer(name).to(device)
@@ -117,7 +124,7 @@ def build(config: Config, device: torch.device, kind: type = ImageGPT,
     images = torch.stack([item.image for item in config.dataset("val")])
     tops = tokenizer.encode(images[:columns, :, : config.size // 2]).flatten(1)
     known = torch.tensor([val[n].label for n in range(len(tops))])
-    torch.manual_seed(config.seed)  # whatever making the codes has drawn
+    torch.manual_seed(config.seed)  # even if making the codes used random numbers
     model = kind(config.select(
         get_type_hints(kind.__init__)["config"], codebook_size=tokenizer.codebook_size,
         height=train.grid[0], width=train.grid[1], classes=classes,
@@ -153,7 +160,7 @@ def build(config: Config, device: torch.device, kind: type = ImageGPT,
             f"bits_per_{unit}": bits, "tokens_per_image": model.length,
             "seconds_per_image": seconds(model), "extra": {"tokenizer": fingerprint},
         } | {name: last[name] for name in image_statistics(images, images)}
-        if unit == "token":  # a likelihood, which is a sum over all tokens
+        if unit == "token":  # only a likelihood can be summed over the tokens
             metrics["bits_per_pixel"] = bits * model.length / config.size**2
         if classes:
             bits = mean_loss(model, val, without_class, config.batch_size) / math.log(2)
@@ -173,15 +180,16 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(Options):
-    """Images drawn by a checkpoint of chapter 5."""
+    """Generate images with a checkpoint of chapter 5."""
 
-    tokenizer: str = ""  # as for `train`; empty: the one near the checkpoint
-    start: Literal["nothing", "half"] = "nothing"  # half: complete images of `data`
-    label: int | None = None  # class of all images; else each in turn, or `data`'s
-    guidance: float = 2.0  # how much more of the class: 1 is none, 0 forgets the class
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # others rise from 1
-    top_k: int | None = None  # draw among this many likeliest tokens
-    top_p: float | None = None  # draw among the fewest tokens of this probability
+    tokenizer: str = ""  # as in `train`; empty: the one that belongs to the checkpoint
+    start: Literal["nothing", "half"] = "nothing"  # half: complete top halves of `data`
+    label: int | None = None  # class of all; None: each in turn, or those of `data`
+    guidance: float = 2.0  # guidance scale: 1 is none, 0 ignores the class
+    # of the guidance scale: constant, or rising from 1 to `guidance`
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    top_k: int | None = None  # sample only from this many likeliest tokens
+    top_p: float | None = None  # sample from the likeliest that sum to this probability
 
 
 def find_tokenizer(checkpoint: str | Path, model: nn.Module) -> VQModel:
@@ -205,13 +213,13 @@ def find_tokenizer(checkpoint: str | Path, model: nn.Module) -> VQModel:
             continue
     raise FileNotFoundError(
         f"no tokenizer {name} in {folder}, beside it, among those that ship, or on the "
-        f"hub: give the one with fingerprint {model.config.fingerprint} by "
+        f"hub: pass the one with fingerprint {model.config.fingerprint} with "
         "--tokenizer")
 
 
 def tokenizer_of(checkpoint: str | Path, model: nn.Module,
                  options: SampleOptions) -> VQModel:
-    """The tokenizer that the options name, or the model's; ValueError if another."""
+    """The tokenizer of the options, else the model's; ValueError if it does not fit."""
     tokenizer = (load_tokenizer(options.tokenizer) if options.tokenizer
                  else find_tokenizer(checkpoint, model))
     check_tokenizer(model, tokenizer)
@@ -220,10 +228,10 @@ def tokenizer_of(checkpoint: str | Path, model: nn.Module,
 
 def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
          **more) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) of the model that `load(checkpoint)` finds, and the labels.
+    """Images (B, 3, H, W) in [0, 1] of the model `load(checkpoint)`, and their labels.
 
-    The labels (B,) are those the model was given, or None if it knows no classes.
-    `more` are options of the sampler of a later chapter's model.
+    The labels (B,) are those given to the model, or None if it knows no classes. `more`
+    are further options of the sampler, for the models of later chapters.
     """
     device, count = pick_device(), options.count
     model = load(checkpoint, kind).to(device)
@@ -244,7 +252,7 @@ def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
     guidance = None if labels is None else guidance
     generator = torch.Generator(device).manual_seed(options.seed)
     images = []
-    for part in torch.arange(count).split(100):  # the cache of so many fits in memory
+    for part in torch.arange(count).split(100):  # so that the cache fits in memory
         images.append(model.generate_images(
             tokenizer, len(part) if tops is None else tops[part],
             None if labels is None else labels[part], top_k=options.top_k,
@@ -254,12 +262,12 @@ def draw(checkpoint: str, options: SampleOptions, kind: type = ImageGPT,
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write a grid of the images that `draw` returns."""
+    """Write a grid of the images that `draw` returns; return the file."""
     images, _ = draw(checkpoint, options)
     return save_samples(images, options)
 
 
 def save_samples(images: Tensor, options: Options) -> Path:
-    """Write a grid of images (B, 3, H, W) to the file of the options."""
+    """Write a grid of images (B, 3, H, W) to `options.out`; return the file."""
     save_grid(images, options.out, scale=options.scale, columns=options.columns)
     return options.out

@@ -22,8 +22,8 @@ from minigen.train import imagegpt
 class Config(imagegpt.Config):
     """A run of chapter 7. Every field is an option of the command line."""
 
-    masking: Masking = "cosine"  # how many tokens are hidden, in training and drawing
-    label_smoothing: float = 0.1  # share of the probability given to all codes alike
+    masking: Masking = "cosine"  # schedule of hidden tokens, in training and sampling
+    label_smoothing: float = 0.1  # share of probability spread evenly over all codes
     out: Path = Path("runs/maskgit")  # checkpoint, images and result.json go here
 
     def __post_init__(self):
@@ -32,7 +32,7 @@ class Config(imagegpt.Config):
 
 
 def preset(name: str, **changes) -> Config:
-    """A preset of chapter 5 with chapter 7's model: what differs is the order alone."""
+    """A preset of chapter 5 for chapter 7's model, with `changes`."""
     same = {f.name: getattr(imagegpt.PRESETS[name], f.name)
             for f in fields(imagegpt.Config) if f.name != "out"}
     return Config(**same | changes)
@@ -45,7 +45,7 @@ PRESETS = {
     "full": preset("full"),
     # the paper's model for ImageNet 256 (arXiv 2202.04200, section 4.1, its released
     # configuration): 24 layers of 768, 300 epochs in batches of 256. Not as published:
-    # LlamaGen's tokenizer, pre-norm blocks, an output layer of its own, a falling rate
+    # LlamaGen's tokenizer, pre-norm blocks, an untied output layer, a falling rate
     "paper": preset("paper", dim=768, heads=8, depth=24, ten_crop=False, warmup=5000,
                     weight_decay=0.045),
 }
@@ -63,19 +63,19 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(imagegpt.SampleOptions):
-    """Images drawn by a checkpoint of chapter 7."""
+    """Generate or repaint images with a checkpoint of chapter 7."""
 
-    steps: int = 8  # how many times the model is asked
-    noise: float = 4.5  # randomness of the order "confidence", fading over the steps
-    order: Order = "confidence"  # which tokens come first
-    masking: Masking | None = None  # how many tokens each step leaves; else as trained
-    # repaint part of images of `data`: an image file, white where to repaint, or a box
-    # "top,left,bottom,right" in pixels
+    steps: int = 8  # network passes, each of which fills in some of the tokens
+    noise: float = 4.5  # scale of the noise on confidences, which fades over the steps
+    order: Order = "confidence"  # which tokens are filled in first
+    masking: Masking | None = None  # schedule of the masked share; None: as trained
+    # repaint part of validation images of `data`: a mask file, white where to repaint,
+    # or a box "top,left,bottom,right" in pixels; empty: generate whole images
     mask: str = ""
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) of the model that `load(checkpoint)` finds; the labels."""
+    """Images (B, 3, H, W) in [0, 1] of the model `load(checkpoint)`; labels or None."""
     more = {name: getattr(options, name)
             for name in ("steps", "noise", "order", "masking")}
     if not options.mask:
@@ -101,7 +101,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
 
 
 def read_mask(source: str, height: int, width: int) -> Tensor:
-    """A mask (height, width) of bools from an image file, or from the text of a box."""
+    """A mask (H, W) of bools: from an image file, True where it is light, or a box."""
     if Path(source).suffix:
         gray = pil_to_tensor(Image.open(source).convert("L"))[0]
         return gray > 127
@@ -119,6 +119,6 @@ def read_mask(source: str, height: int, width: int) -> Tensor:
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write a grid of the images that `draw` returns."""
+    """Write a grid of the images that `draw` returns; return the file."""
     images, _ = draw(checkpoint, options)
     return imagegpt.save_samples(images, options)

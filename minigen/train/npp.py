@@ -21,14 +21,16 @@ from minigen.train import imagegpt
 class Config(imagegpt.Config):
     """A run of chapter 8. Every field is an option of the command line."""
 
-    level: int = 2  # stages; the first has patches of 2^(level - 1) tokens a side
-    epoch_rate: float = 0.5  # the stage of side 2^n ends at this share to the power n
-    patches: bool = True  # False: the stages have their rates, but all of them tokens
-    shape: Literal["", "cpu", "gpu", "B", "L", "XL", "XXL", "3B"] = ""  # sets the sizes
-    norm: Literal["layer", "rms"] = "rms"  # GPT-2's, or Llama's
-    mlp: Literal["gelu", "swiglu"] = "swiglu"  # GPT-2's, or Llama's
-    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rope2d"  # of tokens
-    attention_dropout: float | None = 0.0  # of attention's weights; None: as `dropout`
+    level: int = 2  # number of stages; patches start at 2^(level - 1) tokens a side
+    epoch_rate: float = 0.5  # the stage of side 2^n ends at step steps * epoch_rate^n
+    patches: bool = True  # False: single tokens throughout, but the stages' schedule
+    # sets depth, heads and dim: LlamaGen's sizes, or our cpu and gpu; empty: no change
+    shape: Literal["", "cpu", "gpu", "B", "L", "XL", "XXL", "3B"] = ""
+    norm: Literal["layer", "rms"] = "rms"  # LayerNorm (GPT-2) or RMSNorm (Llama)
+    mlp: Literal["gelu", "swiglu"] = "swiglu"  # GELU (GPT-2) or SwiGLU (Llama)
+    # position encoding, as in chapter 5; patches need rope2d
+    positions: Literal["learned", "rowcol", "rope2d", "none"] = "rope2d"
+    attention_dropout: float | None = 0.0  # of attention weights; None means `dropout`
     # how the rate falls: half a cosine, a line over the last fifth, or not at all
     lr_decay: Literal["cosine", "linear", "none"] = "linear"
     out: Path = Path("runs/npp")  # checkpoint, images and result.json go here
@@ -40,7 +42,7 @@ class Config(imagegpt.Config):
         stage_ends(self.steps, self.level, self.epoch_rate)  # or a ValueError now
 
     def stage(self, step: int) -> tuple[int, int]:
-        """The steps at which the stage of a step begins and ends."""
+        """The last step before the stage of a step, and the last step in it."""
         ends = stage_ends(self.steps, self.level, self.epoch_rate)
         begins = [0, *ends]
         n = sum(end < step for end in ends)
@@ -56,7 +58,7 @@ class Config(imagegpt.Config):
 
 
 def preset(name: str, **changes) -> Config:
-    """A preset of chapter 5 with what this chapter changes."""
+    """A preset of chapter 5 with this chapter's block and schedule, and `changes`."""
     kept = ("out", "norm", "mlp", "positions", "attention_dropout", "lr_decay")
     same = {f.name: getattr(imagegpt.PRESETS[name], f.name)
             for f in fields(imagegpt.Config) if f.name not in kept}
@@ -66,12 +68,12 @@ def preset(name: str, **changes) -> Config:
 PRESETS = {
     "test": preset("test", steps=4, eval_steps=(1, 4), mlp_multiple=8),
     "demo": preset("demo", mlp_multiple=8),
-    # 5e14 FLOPs as in chapter 5, which pay for more steps at level 2
+    # 5e14 FLOPs as in chapter 5, which allow more steps at level 2
     "cpu": preset("cpu", mlp_multiple=8, steps=6250,
                   eval_steps=(100, 400, 1000, 3125, 6250)),
     "full": preset("full"),
-    # NPP's train_c2i.sh: 300 epochs in batches of 256, one of them to warm up, dropout
-    # of 0.1 but in attention. Not as published: the schedule is saved with a run
+    # NPP's train_c2i.sh: 300 epochs in batches of 256, the first for warm-up, dropout
+    # of 0.1 except in attention. Not as published: a resumed run keeps its schedule
     "paper": preset("paper", warmup=5005),
 }
 
@@ -105,18 +107,19 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(imagegpt.SampleOptions):
-    """Images drawn by a checkpoint of chapter 8: a grid, or many in an .npz file."""
+    """Generate images with a model of chapter 8: a grid, or many in an .npz file."""
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) of the model that `load(checkpoint)` finds; the labels."""
+    """Images (B, 3, H, W) in [0, 1] of the model `load(checkpoint)`; labels or None."""
     return imagegpt.draw(checkpoint, options, NPP)
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write the images of `options.count`, as a grid or as ADM's evaluator reads them.
+    """Write `options.count` images: a grid, or an .npz file for ADM's evaluator.
 
-    Classes come in turn, so their counts differ by at most one. See `write_archive`.
+    In an .npz file, classes take turns, so their counts differ by at most one; see
+    `write_archive`. Returns the file.
     """
     if options.out.suffix != ".npz":
         images, _ = draw(checkpoint, options)

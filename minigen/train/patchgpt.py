@@ -33,16 +33,17 @@ class Config(RunConfig, PatchConfig):
     """A run of chapter 3. Every field is an option of the command line."""
 
     size: int = 16  # side of the square images, in pixels
-    head: Literal["mse", "gaussian", "logistic"] = "logistic"  # one guess or a mixture
-    labels: bool = True  # give the model the classes, if the data set has any
-    guidance: float = 2.0  # scale of the guidance at the evaluations
+    # what is predicted: the mean of a patch, or a mixture of Gaussians or logistics
+    head: Literal["mse", "gaussian", "logistic"] = "logistic"
+    labels: bool = True  # condition the model on the class, if there are several
+    guidance: float = 2.0  # guidance scale at the evaluations
     depth: int = 4  # blocks, one after the other
     heads: int = 4  # attention heads in each block
     dim: int = 128  # width of the residual stream
     out: Path = Path("runs/patchgpt")  # checkpoint, images and result.json go here
 
 
-# The document's width, heads and depth. It names no data, steps or rate.
+# Width, heads and depth of the document, which names no data, steps or learning rate.
 LARGE = {
     "size": 64, "dim": 512, "heads": 8, "depth": 6, "train_images": 50_000,
     "val_images": 1000, "steps": 10_000, "batch_size": 64, "warmup": 500,
@@ -64,7 +65,7 @@ PRESETS = presets(
 
 
 def without_class(model: PatchGPT, batch: Item) -> Tensor:
-    """`next_patch_loss` of a model that is not given the classes."""
+    """`next_patch_loss` without the classes, for a model that knows them."""
     labels = torch.full_like(batch.label, model.config.classes)
     return next_patch_loss(model, batch._replace(label=labels))
 
@@ -72,9 +73,9 @@ def without_class(model: PatchGPT, batch: Item) -> Tensor:
 def build(config: Config, device: torch.device) -> Task:
     """The model of chapter 3 and its data.
 
-    The upper row of an image file is drawn from nothing, one class after the other; the
-    lower one completes the top halves of validation images. `classes.png` has a row for
-    each class, of at most sixteen.
+    In the image file of a step, the upper row is generated from scratch, one class
+    after another, and the lower row completes the top halves of validation images.
+    `classes.png` has a row for each of up to sixteen classes.
     """
     train, val, columns = config.dataset("train"), config.dataset("val"), config.samples
     classes = len(train.classes) if config.labels and len(train.classes) > 1 else 0
@@ -143,15 +144,16 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(Options):
-    """Images drawn by a checkpoint of chapter 3."""
+    """Generate images with a checkpoint of chapter 3."""
 
-    start: Literal["nothing", "patch", "half"] = "nothing"  # what is given, of `data`
-    label: int | None = None  # class of all images; else each in turn, or `data`'s
-    guidance: float = 1.0  # how much more of the class: 1 is none, 0 forgets the class
+    # what is given of validation images of `data`: nothing, one patch, or the top half
+    start: Literal["nothing", "patch", "half"] = "nothing"
+    label: int | None = None  # class of all; None: each in turn, or those of `data`
+    guidance: float = 1.0  # guidance scale: 1 is none, 0 ignores the class
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None]:
-    """Images (N, 3, H, W) by the model that `load(checkpoint)` finds, and their labels.
+    """Images (N, 3, H, W) in [0, 1] of the model `load(checkpoint)`, and their labels.
 
     The labels (N,) are None if the model has no classes. At most 100 images are drawn
     at a time.
@@ -180,7 +182,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Draw a grid of images with the model that `load(checkpoint)` finds."""
+    """Write a grid of the images that `draw` returns; return the file."""
     images, _ = draw(checkpoint, options)
     save_grid(images, options.out, scale=options.scale, columns=options.columns)
     return options.out

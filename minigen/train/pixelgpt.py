@@ -29,13 +29,13 @@ from minigen.show import save_grid
 class Config(RunConfig, PixelGPTConfig):
     """A run of chapter 1. Every field is an option of the command line."""
 
-    # windows of the stream of images, one pixel shorter than an image, as published
+    # whole images, or windows of all images end to end, one pixel shorter, as published
     sequences: Literal["images", "windows"] = "images"
-    temperature: float = 1.0  # of the images drawn along the way
+    temperature: float = 1.0  # of sampling at the evaluations
     out: Path = Path("runs/pixelgpt")  # checkpoint, images and result.json go here
 
 
-# 10,000 steps at 64 x 64, and those whose images the published page shows
+# 10,000 steps at 64 x 64; evaluated at those whose images the published page shows
 LONG = {
     "size": 64, "train_images": 50_000, "val_images": 1000, "steps": 10_000,
     "save_every": 500, "eval_steps": (200, 400, 800, 1600, 3000, 6000, 10_000)}
@@ -96,15 +96,16 @@ def main(config: Config) -> dict:
 
 @dataclass(kw_only=True)
 class SampleOptions(Options):
-    """Images drawn by a checkpoint of chapter 1."""
+    """Generate images with a checkpoint of chapter 1."""
 
-    first_pixel: str | None = None  # first color, such as 0xFEC; else those of `data`
-    top_k: int | None = None  # draw among this many likeliest colors
-    top_p: float | None = None  # draw among the fewest colors of this probability
+    # color to begin with, such as 0xFEC; None: the first pixels of images of `data`
+    first_pixel: str | None = None
+    top_k: int | None = None  # sample only from this many likeliest colors
+    top_p: float | None = None  # sample from the likeliest that sum to this probability
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, None]:
-    """Images (B, 3, H, W) by the model that `load(checkpoint)` finds; no labels."""
+    """Images (B, 3, H, W) in [0, 1] of the model `load(checkpoint)`; labels: None."""
     device = pick_device()
     model = load(checkpoint, PixelGPT).to(device)
     if options.first_pixel is not None:
@@ -125,7 +126,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, None]:
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write a grid of the images that `draw` returns."""
+    """Write a grid of the images that `draw` returns; return the file."""
     images, _ = draw(checkpoint, options)
     save_grid(images, options.out, scale=options.scale, columns=options.columns)
     return options.out

@@ -23,16 +23,17 @@ from minigen.vqgan import VQGAN, tokenizer_loss
 class Config(RunConfig, VQConfig):
     """A run of chapter 4. Every field is an option of the command line."""
 
-    init: str = ""  # a tokenizer of the same shape whose weights to start from
-    decoder_only: bool = False  # keep encoder and codes: tokens mean what they did
+    init: str = ""  # tokenizer of the same shape to start from; empty: none
+    decoder_only: bool = False  # freeze encoder and codebook: tokens keep their meaning
     pixels: Literal["l1", "l2"] = "l1"  # absolute or squared error of the pixels
-    features: float = 0.1  # weight of the distance of a small network's features
+    features: float = 0.1  # weight of distances in a small network's features; 0: none
     perceptual: float = 0.0  # weight of LPIPS, which downloads VGG's weights; 0: none
-    adversarial: float = 0.0  # weight of the discriminator; 0: none
-    adversarial_start: int = 0  # steps before the discriminator begins
+    adversarial: float = 0.0  # weight of the adversarial loss; 0: no discriminator
+    adversarial_start: int = 0  # steps before the adversarial training starts
     adversarial_channels: int = 32  # width of the discriminator's first layer
-    adversarial_layers: int = 2  # its halvings: a logit sees 16, 34 or 70 pixels
-    weight_decay: float = 0.05  # on matrices only; LlamaGen's
+    # halvings in the discriminator, 1 to 3: a logit sees 16, 34 or 70 pixels a side
+    adversarial_layers: int = 2
+    weight_decay: float = 0.05  # on matrices and kernels only; LlamaGen's
     batch_size: int = 16  # images per batch, over all processes together
     out: Path = Path("runs/vq")  # checkpoint, images and result.json go here
 
@@ -51,7 +52,7 @@ PRESETS = presets(
     demo={"downsample": 4, "channels": 16, "codebook_size": 512, "decay": 0.9,
           "steps": 120, "warmup": 20, "precision": "float32", "eval_steps": (30, 120),
           "save_every": 60},
-    # 5e14 FLOPs: an hour on one core with bfloat16; as wide as 5 MB in half precision
+    # 5e14 FLOPs: an hour on one core with bfloat16; 5 MB in float16 set the width
     cpu={"size": 64, "downsample": 4, "channels": 24, "decay": 0.98, "train_images": 0,
          "val_images": 1000, "steps": 5550, "lr": 1e-3, "warmup": 100, "ema": 0.998,
          "save_every": 200, "eval_steps": (100, 400, 1000, 2000, 5550)},
@@ -113,7 +114,7 @@ def main(config: Config) -> dict:
 
 
 def save_pairs(model: VQModel, images: Tensor, path: Path, columns: int, scale: int):
-    """Write a grid of images, and below each row what the tokenizer makes of it."""
+    """Write a grid of images with their reconstructions below each row."""
     again = model.decode(model.encode(images)).cpu()
     blank = images.new_ones(-len(images) % columns, *images.shape[1:])
     rows = [torch.cat([part, blank]).unflatten(0, (-1, columns))
@@ -124,14 +125,14 @@ def save_pairs(model: VQModel, images: Tensor, path: Path, columns: int, scale: 
 
 @dataclass(kw_only=True)
 class SampleOptions:
-    """Images reconstructed by a tokenizer of chapter 4."""
+    """Reconstruct validation images with a tokenizer of chapter 4."""
 
     data: str = "landscapes"  # a data set's name, or a folder of images
     size: int = 64  # side of the square images, in pixels
-    count: int = 8  # how many images
+    count: int = 8  # images to reconstruct
     columns: int = 8  # images per row
-    scale: int = 2  # pixels in the file for each pixel of an image
-    out: Path = Path("samples.png")
+    scale: int = 2  # factor by which the file enlarges the images
+    out: Path = Path("samples.png")  # file to write
 
     def __post_init__(self):
         check_numbers(self, size=POSITIVE, count=POSITIVE, columns=POSITIVE,
@@ -139,7 +140,7 @@ class SampleOptions:
 
 
 def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor]:
-    """Reconstructions (B, 3, H, W) of validation images by a tokenizer, and labels."""
+    """Reconstructions (B, 3, H, W) in [0, 1] of validation images, and their labels."""
     model = load_tokenizer(checkpoint).to(pick_device())
     val = load_dataset(options.data, options.size, "val", options.count)
     images = torch.stack([item.image for item in val])
@@ -148,7 +149,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor]:
 
 
 def sample(checkpoint: str, options: SampleOptions) -> Path:
-    """Write images and what the tokenizer named `checkpoint` makes of them."""
+    """Write validation images and their reconstructions; return the file."""
     model = load_tokenizer(checkpoint).to(pick_device())
     val = load_dataset(options.data, options.size, "val", options.count)
     images = torch.stack([item.image for item in val])
