@@ -47,8 +47,7 @@ PRESETS = {
     # configuration): 24 layers of 768, 300 epochs in batches of 256. Not as published:
     # LlamaGen's tokenizer, pre-norm blocks, an untied output layer, a falling rate
     "paper": preset("paper", dim=768, heads=8, depth=24, attention_dropout=None,
-                    ten_crop=False, warmup=5000,
-                    weight_decay=0.045),
+                    ten_crop=False, warmup=5000, weight_decay=0.045),
 }
 
 
