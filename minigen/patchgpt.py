@@ -200,7 +200,8 @@ def log_normal_cdf(z: Tensor) -> Tensor:
     is off by 4 percent at -1000 and by a factor of 6 at -10,000.
     """
     far = z.clamp(max=-10.0)
-    series = torch.log1p(-(far**-2) + 3 * far**-4 - 15 * far**-6) - torch.log(-far)
+    w = far.square().reciprocal()  # powers of far, without the slow torch.pow
+    series = torch.log1p(w * (w * (3 - 15 * w) - 1)) - torch.log(-far)
     series = series - far.square() / 2 - math.log(2 * math.pi) / 2
     return torch.where(z < -10, series, torch.special.log_ndtr(z.clamp(min=-10.0)))
 
