@@ -267,7 +267,7 @@ class CaptionedItem(NamedTuple):
 
 
 class CaptionedCodes(Dataset):
-    """Codes of images with one caption each, as tokens of `text`: `CaptionedItem`s."""
+    """Items `CaptionedItem`: codes of images with one caption each, tokens of `text`."""
 
     def __init__(self, codes: CodeDataset, captions: list[str], text: Tokenizer):
         variants = codes.codes.shape[1]

@@ -241,7 +241,7 @@ def read_square(source, size, name):
 
 
 class ImageDataset(Dataset):
-    """Images from records (source, label, caption, name), as `Item`s of size x size.
+    """Images of size x size from records (source, label, caption, name); see `Item`.
 
     Sources and names are those of `read_square`. With `on_error="skip"`, all files are
     read once at the start, and unreadable ones are left out with a warning.
@@ -470,7 +470,7 @@ def endless_batches(dataset: Dataset, batch_size: int,
                     start: int = 0, share: slice = slice(None)) -> Iterator:
     """Yield batches of a data set forever, each pass in a new order from `generator`.
 
-    torch's `default_collate` makes the batches: `Item`s become an `Item` of stacked
+    torch's `default_collate` makes the batches: items become an `Item` of stacked
     images. A last batch that is not full is dropped in each pass. The order does not
     depend on `num_workers`. The first `start` batches are skipped without being read,
     so that a run can resume; `share` is the slice of each batch to read, so that

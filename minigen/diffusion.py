@@ -433,7 +433,7 @@ class DecodedItem(NamedTuple):
 
 
 class ImagesAndCodes(Dataset):
-    """Images with the codes extracted from them, as `DecodedItem`s.
+    """Items `DecodedItem`: images with the codes extracted from them.
 
     A flipped variant of the codes comes with the flipped image.
     """

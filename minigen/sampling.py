@@ -87,10 +87,10 @@ def sample(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 # %% ../nbs/01_pixel_gpt.ipynb #a1c20002
 def start_canvas(prompt: int | Tensor | list[Tensor], length: int, shape: tuple = (),
                  dtype=torch.int64, device=None) -> tuple[Tensor, int | list[int]]:
-    """A canvas (B, length, *shape) that begins with the prompt, and the prompt's size.
+    """A canvas (B, length, ...) that begins with the prompt, and the prompt's size.
 
-    The prompt is the number B of empty sequences, a batch (B, t, *shape), or a list of
-    sequences (t, *shape) of different lengths. The second result is the number t of
+    The prompt is the number B of empty sequences, a batch (B, t, ...), or a list of
+    sequences (t, ...) of different lengths, each part of the given `shape`. The second result is the number t of
     given parts, or a list of these numbers if they differ. ValueError if the prompt is
     empty, too long, or of another shape or type.
     """
