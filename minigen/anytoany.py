@@ -267,7 +267,7 @@ class CaptionedItem(NamedTuple):
 
 
 class CaptionedCodes(Dataset):
-    """Items `CaptionedItem`: codes of images with one caption each, tokens of `text`."""
+    """Codes of images, each with a caption as tokens of `text`: see `CaptionedItem`."""
 
     def __init__(self, codes: CodeDataset, captions: list[str], text: Tokenizer):
         variants = codes.codes.shape[1]

@@ -90,9 +90,9 @@ def start_canvas(prompt: int | Tensor | list[Tensor], length: int, shape: tuple 
     """A canvas (B, length, ...) that begins with the prompt, and the prompt's size.
 
     The prompt is the number B of empty sequences, a batch (B, t, ...), or a list of
-    sequences (t, ...) of different lengths, each part of the given `shape`. The second result is the number t of
-    given parts, or a list of these numbers if they differ. ValueError if the prompt is
-    empty, too long, or of another shape or type.
+    sequences (t, ...) of different lengths, with parts of the given `shape`. The second
+    result is the number t of given parts, or a list of these numbers if they differ.
+    ValueError if the prompt is empty, too long, or of another shape or type.
     """
     if isinstance(prompt, int):
         if prompt < 1:
