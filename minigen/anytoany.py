@@ -124,9 +124,8 @@ class AnyToAny(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over sequences of texts and images.
 
     `forward(tokens (B, T) int64) -> logits (B, T, V)`: those at a position predict the
-    next token. The vocabulary has the tokens of the text tokenizer, then the K image
-    tokens, then three marks: `open` and `close` around an image, and `end` at both ends
-    of a sequence.
+    next token. The vocabulary has the text tokens, the K image tokens, and three marks:
+    `open` and `close` around an image, and `end` at both ends of a sequence.
     """
 
     def __init__(self, config: AnyToAnyConfig):

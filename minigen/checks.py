@@ -44,7 +44,7 @@ def check_numbers(given, **ranges: tuple[float, float]) -> None:
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless a sampling temperature is finite and at least 0."""
     if not 0 <= temperature < math.inf:  # catches NaN, too
-        raise ValueError("temperature must be a finite number of at least 0, "
+        raise ValueError("temperature must be finite and not negative, "
                          f"found {temperature}; 0 always takes the likeliest")
 
 

@@ -194,8 +194,7 @@ class UNet(nn.Module):
 class TimedLayer(nn.Module):
     """A block of chapter 1 without causal mask, modulated by vectors c (B, 6, D).
 
-    Attention and the MLP each have a scale, a shift and a gate. The layer adds a table
-    of its own to vectors that all layers share (Chen et al. 2024).
+    They plus a table are scale, shift and gate of attention and MLP (Chen et al. 2024).
     """
 
     def __init__(self, config: DiffusionConfig):

@@ -273,7 +273,8 @@ def test_every_number_of_the_table_is_in_a_file(tmp_path):
     changed = 0
     for name, row in ours.items():
         for column, cell in row.items():
-            if column not in ("passes", "trained on") and re.match(r"\d", cell):
+            if column not in ("passes", "trained on") and re.match(
+                    r"\d", cell) and re.search("[1-9]", cell):  # a zero stays one
                 assert other[name][column] != cell, (name, column)
                 changed += 1
     assert changed > 50

@@ -181,8 +181,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
 save_checkpoint({shape}, {str(tmp_path)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert re.search(r"OSError: .*model.safetensors could not be written \(.*still "
-                     "there", done.stderr)
+    assert re.search(r"OSError: .*model.safetensors could not be written \(.*an "
+                     "existing file is unchanged", done.stderr)
     assert names(tmp_path) == ["config.json", "model.safetensors"]
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
@@ -356,7 +356,7 @@ def test_a_sharded_model_reaches_the_losses_of_one_and_resumes(toy, whole, tmp_p
 def test_another_number_of_processes_resumes_with_a_warning(toy, whole, tmp_path):
     toy(tmp_path, *PLAIN, "--kill-after", 23, launcher=TORCHRUN, status=1)
     rest = toy(tmp_path, *PLAIN, "--resume")
-    assert "saved by 2 processes and there are 1 now" in rest.text
+    assert "saved by 2 processes and resumes with 1" in rest.text
     assert_close_losses(rest.records, [(r["step"], r["loss"], r["norm"])
                                        for r in read_log(whole(*PLAIN))[20:]])
 
