@@ -263,9 +263,8 @@ class Velocity(nn.Module):
     """A network that predicts the velocity from noise to images.
 
     `forward(x (B, 3, H, W), t (B,), labels (B,), tokens (B, h, w)) -> (B, 3, H, W)`,
-    for images from -1 to 1 and times from 0 (noise) to 1 (images). Labels are 0 to
-    `classes` - 1, or `classes` for no class; tokens are 0 to K - 1, or K for no token.
-    None stands for no class or no tokens.
+    for images from -1 to 1, times from 0 (noise) to 1, labels 0 to `classes` - 1 and
+    tokens 0 to K - 1; `classes`, K and None stand for no class and no token.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -302,10 +301,7 @@ class Velocity(nn.Module):
         return F.pixel_shuffle(x, config.patch_size)
 
     def spread(self, tokens: Tensor | None, batch: int) -> Tensor:
-        """Spread a vector (8,) per token over its square of pixels: (B, 8, H, W).
-
-        In training mode, a share `token_dropout` of the images loses its tokens.
-        """
+        """Spread a vector (8,) per token over its square of pixels: (B, 8, H, W)."""
         K, weight = self.config.codebook_size, self.tokens.weight
         tokens = check_tokens(tokens, (batch, *self.grid), K, weight.device)
         if self.training and self.config.token_dropout:
