@@ -194,7 +194,7 @@ class UNet(nn.Module):
 class TimedLayer(nn.Module):
     """A block of chapter 1 without causal mask, modulated by vectors c (B, 6, D).
 
-    They plus a table are scale, shift and gate of attention and MLP (Chen et al. 2024).
+    c plus the layer's own table gives scale, shift and gate, twice (Chen et al. 2024).
     """
 
     def __init__(self, config: DiffusionConfig):
