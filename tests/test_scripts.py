@@ -449,6 +449,20 @@ def test_schedules_of_next_patch_prediction(minigen):
         assert cost(name, "bits") == pytest.approx(10, abs=1)  # untrained: ln 1024
 
 
+def test_short_runs_of_maskgit_are_those_of_imagegpt(minigen):
+    from minigen.bench import masking, schedules
+
+    rows = {row["case"] + " " + row["unit"]: row["value"]
+            for row in bench(minigen, "masking")}
+    assert rows["MaskGIT, seed 0 bits"] == pytest.approx(10, abs=1)  # untrained
+    assert rows["MaskGIT, seed 0 FD"] > rows["MaskGIT, long run FD"]
+    ours = masking.configuration(1, False, Path("runs"))
+    theirs = schedules.configuration("", schedules.RUNS["next token, constant rate"], 1,
+                                     False, Path("runs"))
+    for name in (*schedules.SHORT, "size", "steps", "seed", "tokenizer", "lr_decay"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 def test_parts_of_a_block(minigen):
     from minigen.bench import blocks
 

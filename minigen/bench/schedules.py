@@ -21,6 +21,9 @@ RUNS = {
     "NPP, level 2": {"level": 2},
     "NPP, level 3": {"level": 3},
 }
+# A small run of a model of 64 tokens per image
+SHORT = {"depth": 4, "heads": 2, "dim": 128, "batch_size": 64, "lr": 2e-3,
+         "train_images": 8000, "warmup": 50, "dropout": 0.0, "ema": 0.99}
 UNITS = ("bits", "FD", "accuracy", "Mtokens", "Tflop", "s")
 
 
@@ -32,8 +35,7 @@ def configuration(name: str, run: dict, seed: int, quick: bool, folder: Path,
     changes = {"steps": steps} | run
     changes["steps"] = int(changes["steps"] * (steps if changes["steps"] < 1 else 1))
     if not quick:
-        changes |= {"depth": 4, "heads": 2, "dim": 128, "batch_size": 64, "lr": 2e-3,
-                    "train_images": 8000, "warmup": 50, "dropout": 0.0, "ema": 0.99}
+        changes |= SHORT
     steps = changes["steps"]
     return replace(preset, size=64, tokenizer="vq-cpu-tokens64", seed=seed, **changes,
                    eval_steps=(steps // 4, steps // 2, steps), save_every=steps,
