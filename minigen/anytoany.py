@@ -331,7 +331,7 @@ def sequence_loss(model: AnyToAny, tokens: Tensor, learned: Tensor,
     nats = log_z - logits.gather(-1, target[..., None])[..., 0]
     return ((nats + z_loss * log_z**2) * weight).sum() / weight.sum()
 
-
+# %% ../nbs/09_any_to_any.ipynb #1b98a55d
 def mixed_loss(model: AnyToAny, batch: CaptionedItem,
                generator: torch.Generator | None = None) -> Tensor:
     """The loss of images after, before or inside their captions, chosen at random.

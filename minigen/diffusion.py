@@ -211,7 +211,7 @@ class TimedLayer(nn.Module):
             x = x + gate * part(self.norm(x) * (1 + scale) + shift)
         return x
 
-
+# %% ../nbs/10_diffusion_decoder.ipynb #ff28f7a0
 class DiT(nn.Module):
     """A transformer over the patches of an image (Peebles and Xie 2023).
 
@@ -450,7 +450,7 @@ class ImagesAndCodes(Dataset):
         return DecodedItem(image.image.flip(-1) if flip else image.image,
                            code.tokens, image.label)
 
-
+# %% ../nbs/10_diffusion_decoder.ipynb #f9fa4886
 def flow_loss(model: Diffusion, batch,
               generator: torch.Generator | None = None) -> Tensor:
     """Mean squared error of the velocity at random times (Lipman et al. 2023).

@@ -50,7 +50,7 @@ class FeatureConfig:
         for name in ("widths", "classes", "moods", "words"):
             setattr(self, name, tuple(getattr(self, name)))
 
-
+# %% ../nbs/06_measuring.ipynb #76192e04
 class ResidualLevel(nn.Module):
     """Two convolutions with batch norm and a skip connection; both sides are halved."""
 

@@ -356,7 +356,7 @@ def diversity(features: Tensor, labels: Tensor | None = None) -> float:
         raise ValueError("no two images have the same class: give more images")
     return total / (pairs - len(x))  # no image is paired with itself
 
-
+# %% ../nbs/06_measuring.ipynb #58140012
 def nearest_neighbors(images: Tensor, training: Iterable[Tensor] | Tensor,
                       ) -> tuple[Tensor, Tensor]:
     """Distances (N,) to the nearest training images, and the indices (N,) of these.
@@ -414,7 +414,7 @@ def pixel_statistics(images: Tensor) -> Tensor:
     products = [p for a, b in pairs for p in (a * b, a * a, b * b)] + [fine * fine]
     return torch.stack([p.mean(dim=(1, 2, 3)) for p in products], dim=1).double()
 
-
+# %% ../nbs/06_measuring.ipynb #9415f1d3
 def row_excess(statistics: Tensor) -> float:
     """Correlation of neighbors along rows minus that along columns.
 
@@ -436,7 +436,7 @@ def horizontal_bias(images: Tensor, reference: Tensor) -> float:
     return (row_excess(pixel_statistics(images))
             - row_excess(pixel_statistics(reference)))
 
-
+# %% ../nbs/06_measuring.ipynb #4aea1d32
 def fine_detail(images: Tensor, originals: Tensor) -> float:
     """Fine detail relative to that of the originals: 1 is as much, 0 is none.
 

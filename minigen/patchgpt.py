@@ -47,7 +47,7 @@ def check_tiling(patch_size: int, height: int, width: int) -> None:
         raise ValueError(f"patches of side {P} do not tile an image of {H} x {W}: "
                          f"sides that do are {fits}{crop}")
 
-
+# %% ../nbs/03_patchgpt.ipynb #ef1fd3c7
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (B, C, H, W) into patches (B, T, C*P*P), row by row.
 

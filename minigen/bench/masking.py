@@ -1,6 +1,6 @@
 """How well MaskGIT draws after a short training, as short as those of `schedules`.
 
-Beside the same model after its long run; both draw 500 images in eight steps."""
+Beside the models of the long runs, MaskGIT's and ImageGPT's; each draws 500 images."""
 
 import tempfile
 from dataclasses import replace
@@ -10,7 +10,7 @@ from minigen.bench import Row
 from minigen.bench.schedules import SHORT, STEPS
 from minigen.bench.sweep import Judge, as_rows, landscapes
 from minigen.runs import shipped
-from minigen.train import maskgit
+from minigen.train import imagegpt, maskgit
 
 UNITS = ("bits", "FD", "accuracy", "Tflop")
 
@@ -26,20 +26,25 @@ def configuration(seed: int, quick: bool, folder: Path) -> maskgit.Config:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Rows for each short run, the model that ships, and real images."""
+    """Rows for each short run, the models that ship, and real images."""
     count, found = 72 if quick else 500, []
     judge = Judge(landscapes("test", count if quick else 1000)[0])
     note = f"{count} images, extractor {judge.extractor.hash}"
-    options = maskgit.SampleOptions(count=count, seed=1)
+
+    def quality(script, checkpoint: str) -> dict[str, float]:
+        return judge(*script.draw(
+            checkpoint, script.SampleOptions(count=count, seed=1)))
+
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1 if quick else 3):
             config = configuration(seed, quick, Path(folder))
             result = maskgit.main(config)
-            figures = judge(*maskgit.draw(str(config.out), options)) | {
+            figures = quality(maskgit, str(config.out)) | {
                 "bits": result["metrics"]["bits_per_masked_token"],
                 "Tflop": result["cost"]["flops"] / 1e12}
             found += as_rows(f"MaskGIT, seed {seed}", figures, UNITS, note)
-    long = judge(*maskgit.draw(shipped("maskgit", "tokens64"), options))
-    found += as_rows("MaskGIT, long run", long, ("FD", "accuracy"), note)
-    return found + as_rows(
-        "real images", judge(*landscapes("val", count)), ("FD", "accuracy"), note)
+    long = {"MaskGIT, long run": quality(maskgit, shipped("maskgit", "tokens64")),
+            "ImageGPT, long run": quality(imagegpt, shipped("imagegpt", "tokens64")),
+            "real images": judge(*landscapes("val", count))}
+    return found + [row for case, figures in long.items()
+                    for row in as_rows(case, figures, UNITS, note)]
