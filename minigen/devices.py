@@ -43,15 +43,17 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def hardware() -> str:
-    """The machine in words: its GPUs, or its CPU, threads and instruction set."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    """The machine in words: its CPU, threads and instruction set, and GPUs in use."""
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("model name"):
             name = line.split(":")[1].strip()
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {torch.get_num_threads()} threads, {capability}"
+    cpu = f"{name}, {torch.get_num_threads()} threads, {capability}"
+    if pick_device().type != "cuda":
+        return cpu
+    count = os.environ.get("WORLD_SIZE", 1)
+    return f"{count} x {torch.cuda.get_device_name()}; {cpu}"
 
 # %% ../nbs/02_training.ipynb #4b1654c7
 def is_main_process() -> bool:

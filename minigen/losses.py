@@ -58,15 +58,18 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *,
     positions, make it a weighted mean. `label_smoothing` spreads that share of the
     target over all tokens. Logits and gradients are computed for `rows` positions at a
     time, by default as many as suit the device; second derivatives are not supported.
-    Softmax and sum are in float32 even under autocast. ValueError if shapes disagree.
+    Softmax and sum are in float32 even under autocast. Targets lie from 0 to V - 1;
+    none is ignored. ValueError if shapes disagree.
     """
     if targets.ndim == hidden.ndim - 1:
         targets = targets[..., None]
     shapes = {tuple(x.shape) for x in (hidden[..., 0], targets[..., 0], weights)
               if x is not None}
-    if len(shapes) > 1 or targets.ndim != hidden.ndim:
+    if len(shapes) > 1 or targets.ndim != hidden.ndim or (
+            hidden.shape[-1] != weight.shape[-1]):
         raise ValueError(f"hidden {tuple(hidden.shape)}, targets {tuple(targets.shape)}"
-                         " and weights must agree in all axes but the last of hidden")
+                         " and weights must agree in all axes but the last of hidden, "
+                         f"which must be that of weight {tuple(weight.shape)}")
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, found {rows}; leave it out to let "
                          "the size of the vocabulary decide")

@@ -169,6 +169,8 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
                 raise ValueError(f"generate at least one image, found {prompt}")
             prompt = torch.empty(prompt, 0, dtype=torch.int64)
         tokens = prompt.to(self.head.weight.device)
+        if not tokens.is_floating_point() and tokens.dtype != torch.bool:
+            tokens = tokens.long()  # a small type may not hold the mask token
         if tokens.ndim == 2 and tokens.shape[1] < self.length:
             tokens = F.pad(tokens, (0, self.length - tokens.shape[1]),
                            value=self.mask_token)
@@ -295,6 +297,9 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
         drawn anew; pixels outside the mask stay as they are. Options as in `stream`.
         """
         check_tokenizer(self, tokenizer)
+        if images.ndim != 4:
+            raise ValueError("expected images (B, 3, H, W), found the shape "
+                             f"{tuple(images.shape)}")
         side, (B, _, *size) = tokenizer.config.downsample, images.shape
         grid = [self.config.height, self.config.width]
         if size != [side * n for n in grid] or mask.dtype != torch.bool or (

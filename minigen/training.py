@@ -101,8 +101,12 @@ def check_settings(config: FitConfig) -> None:
     if min(config.eval_steps, default=1) < 1:
         raise ValueError("eval_steps must be at least 1, found "
                          f"{tuple(config.eval_steps)}")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise ValueError("betas must be from 0 to below 1, found "
+    for name in ("steps", "batch_size", "accumulate", "warmup", "save_every",
+                 "workers"):
+        if not isinstance(value := getattr(config, name), int):
+            raise ValueError(f"{name} must be a whole number, found {value}")
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError("betas must be two numbers from 0 to below 1, found "
                          f"{tuple(config.betas)}")
 
 # %% ../nbs/02_training.ipynb #cff3326a
@@ -384,11 +388,12 @@ def notice_sigterm(processes: int = 1) -> Iterator[list]:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def leave_if(leave: bool) -> None:
+def leave_if(leave: bool, folder: Path | None) -> None:
     """If `leave`, end the process with exit status 143, that of SIGTERM."""
     if leave:
-        print("minigen: ended by SIGTERM; a run continues with --resume",
-              file=sys.stderr)
+        hint = "without a folder nothing was saved" if folder is None else (
+            "a run continues with --resume")
+        print(f"minigen: ended by SIGTERM; {hint}", file=sys.stderr)
         raise SystemExit(TERMINATED)
 
 # %% ../nbs/02_training.ipynb #7fdb9f0f
@@ -412,7 +417,8 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
     Raises FloatingPointError if the loss or its gradient is not finite, before the
     weights change; OSError if the disk is full; ValueError if a run would be
     overwritten or resumed with other settings, or if the processes cannot divide a
-    batch evenly; SystemExit after SIGTERM, once the state is saved.
+    batch evenly; SystemExit after SIGTERM, once the state is saved if there is a
+    folder.
     """
     folder = None if folder is None else Path(folder)
     trainer = Trainer(model, loss, config, ema_model)
@@ -453,7 +459,7 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
 
             leave = bool(asked)  # decided once: the signal may come at any moment
             if folder is None:
-                leave_if(leave)
+                leave_if(leave, folder)
                 continue
             every = config.save_every
             save = leave or every and (step % every == 0 or step == config.steps)
@@ -466,7 +472,7 @@ def fit(model: nn.Module, data: Dataset, loss: Callable[[nn.Module, object], Ten
                         save_state(folder, settings, state)
             if save:
                 trainer.accelerator.wait_for_everyone()
-            leave_if(leave)
+            leave_if(leave, folder)
 
 # %% ../nbs/02_training.ipynb #de04bafc
 def progress(records: Iterable[Record], steps: int, per_step: int, description: str,

@@ -256,6 +256,9 @@ class Transformer(nn.Module):
         if end > self.length:
             raise ValueError(f"a sequence of length {end} does not fit: this model has "
                              f"{self.length} positions")
+        if cache is not None and end > cache.length:
+            raise ValueError(f"a sequence of length {end} does not fit into a cache of "
+                             f"{cache.length} positions")
         if self.positions is not None:
             x = x + self.positions(start, end)                # (B, T, D)
         if rope is None and self.rope is not None:

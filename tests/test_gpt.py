@@ -488,6 +488,8 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
     (lambda: Transformer(TransformerConfig(positions="rope2d"), 9), "how many columns"),
     (lambda: rope_table(2, 2, 6), "multiple of 4 numbers, found 6"),
     (lambda: GPT(SMALL)(tokens(1, 25)), "25 does not fit.*24"),
+    (lambda: (model := GPT(SMALL))(tokens(1, 6), model.transformer.cache(1, 4)),
+     "6 does not fit into a cache of 4"),
     (lambda: GPT(SMALL).generate(tokens(1, 1), 25), "1 given and 25 new.*at most 24"),
     (lambda: GPT(SMALL).generate(tokens(1, 0), 3), "the prompt is empty"),
     (lambda: GPT(SMALL).generate([], 3), "the prompt is empty"),

@@ -366,6 +366,13 @@ def test_images_appear_step_by_step(small, tokenizer):
     assert blank.sum((1, 2)).tolist() == [left, left]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_prompts_of_small_types(small, dtype):
+    start = small.start(tokens(2)[:, :3].to(dtype))
+    assert start.dtype == torch.int64
+    assert (start[:, 3:] == small.mask_token).all()
+
+
 def test_editing_changes_what_the_mask_covers(small, tokenizer):
     images = torch.rand(2, 3, 12, 16, generator=generator())
     mask = torch.zeros(12, 16, dtype=torch.bool)
@@ -417,6 +424,7 @@ IMAGES = torch.zeros(1, 3, 12, 16)
     (lambda m, t: m.edit_images(t, IMAGES, MASK[:8]), "12 x 16 pixels and a mask"),
     (lambda m, t: m.edit_images(t, IMAGES, MASK.float()), "bools .*torch.float32"),
     (lambda m, t: m.edit_images(t, IMAGES[..., :8], MASK), "found 12 x 8"),
+    (lambda m, t: m.edit_images(t, IMAGES[0], MASK), r"\(B, 3, H, W\), found the shape"),
     (lambda m, t: replace(SMALL, label_smoothing=1.0), "found 1.0"),
     (lambda m, t: MaskGIT(replace(SMALL, fingerprint="x")).generate_images(t, 1),
      "another|other images"),

@@ -35,7 +35,14 @@ from minigen.files import (
 )
 from minigen.pixelgpt import PixelGPT, PixelGPTConfig, next_pixel_loss
 from minigen.runs import run
-from minigen.training import FitConfig, Trainer, fit, notice_sigterm, read_log
+from minigen.training import (
+    FitConfig,
+    Trainer,
+    fit,
+    leave_if,
+    notice_sigterm,
+    read_log,
+)
 
 TOY = str(Path(__file__).with_name("toy.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -217,7 +224,10 @@ def test_sigterm_saves_a_state_and_ends_with_its_status(tmp_path, capsys, monkey
         small_run(tmp_path / "cut", save_every=100)
     monkeypatch.undo()
     assert left.value.code == 143
-    assert "ended by SIGTERM" in capsys.readouterr().err
+    assert "ended by SIGTERM; a run continues with --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        leave_if(True, None)
+    assert "nothing was saved" in capsys.readouterr().err
     assert newest(tmp_path / "cut") == "state-000000004"
     assert signal.getsignal(signal.SIGTERM) is before
     cut = small_run(tmp_path / "cut", save_every=100, resume=True)

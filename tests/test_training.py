@@ -20,7 +20,7 @@ from toy import PRESETS, Config, build
 from minigen import checkpoints
 from minigen.checkpoints import find_checkpoint, load, save_checkpoint
 from minigen.data import endless_batches
-from minigen.devices import pick_device, pick_dtype, pick_preset
+from minigen.devices import hardware, pick_device, pick_dtype, pick_preset
 from minigen.files import read_json, write_json
 from minigen.gpt import GPT, GPTConfig
 from minigen.losses import linear_cross_entropy
@@ -517,6 +517,16 @@ def test_device_of_a_process(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device().type in ("cpu", "mps")
+
+
+def test_hardware_names_what_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert re.match(r"1 x NVIDIA H200; .+, \d+ threads, ", hardware())
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert hardware().startswith("8 x NVIDIA H200; ")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert "NVIDIA" not in hardware()
 
 
 def test_preset_of_the_environment(monkeypatch):

@@ -36,7 +36,7 @@ def seconds(variant: str) -> list[Row]:
              for steps in STEPS}
     timed["ImageGPT"] = lambda: models["imagegpt"].generate_images(
         models["vq"], 1, **options)
-    return [Row(case, value, "s") for case, value in medians(timed, 3).items()]
+    return [Row(case, value, "s") for case, value in medians(timed, 7).items()]
 
 
 def compare(variant: str, settings: list[dict], count: int, quick: bool) -> list[Row]:
