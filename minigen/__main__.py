@@ -41,16 +41,28 @@ def script(chapter: str):
 
 def option(arguments: list[str], name: str) -> str | None:
     """The value of `--name value` or `--name=value` among the arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("minigen train", add_help=False,
+                                     allow_abbrev=False)
     parser.add_argument(f"--{name}")
     return getattr(parser.parse_known_args(arguments)[0], name)
 
 
+def asked_for_help(arguments: list[str], usage: str) -> bool:
+    """Print the usage and return True if asked for it; without a name, exit with it."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage)
+        return True
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(usage)
+    return False
+
+
 def train(arguments: list[str]) -> None:
     """python -m minigen train CHAPTER [--preset NAME] [options]"""
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(f"usage: {train.__doc__}\nchapters: {', '.join(chapters())}; "
-                         "`train CHAPTER --help` lists its options")
+    usage = (f"usage: {train.__doc__}\nchapters: {', '.join(chapters())}; "
+             "`train CHAPTER --help` lists its options")
+    if asked_for_help(arguments, usage):
+        return
     import tyro
 
     from minigen.devices import is_main_process, pick_preset
@@ -86,9 +98,10 @@ def end_processes() -> None:
 
 def sample(arguments: list[str]) -> None:
     """python -m minigen sample MODEL [options]"""
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(f"usage: {sample.__doc__}\n`sample MODEL --help` lists the "
-                         "options of its chapter")
+    usage = (f"usage: {sample.__doc__}\n`sample MODEL --help` lists the options of its "
+             "chapter")
+    if asked_for_help(arguments, usage):
+        return
     import tyro
 
     from minigen.checkpoints import read_config
@@ -145,11 +158,15 @@ def evaluate(arguments: list[str]) -> None:
     options, more = tyro.cli(EvaluateOptions, args=rest, return_unknown_args=True,
                              prog=f"minigen evaluate {source}")
     extractor = load_extractor(options.extractor)  # fails early if it is missing
+    if options.count is not None and options.count <= extractor.dim:
+        raise ValueError(f"the {extractor.dim} features of this network need more than "
+                         f"{extractor.dim} images, found --count {options.count}")
     for images in filter(None, (options.reference, options.training)):
         if images.partition(":")[0] not in BUILDERS:
             read_images(images)
     images, labels, about = measured_images(source, options, more)
-    reference = options.reference or f"landscapes:{about.pop('split', 'val')}"
+    split = about.pop("split", "val")
+    reference = options.reference or f"landscapes:{split}"
     report = about | evaluate_images(
         images, reference, extractor, labels, options.training,
         options.subsets, options.seed, options.size)
@@ -165,7 +182,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> tuple:
-    """Images for `evaluate`, their labels or None, and a model's seconds and memory."""
+    """Images for `evaluate`, their labels or None, and a model's seconds per image."""
     from minigen.checkpoints import find_checkpoint, read_config
     from minigen.data import BUILDERS
     from minigen.landscapes import CLASSES
@@ -187,8 +204,6 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
         if not hasattr(module, "draw"):
             raise ValueError(f"{source} is a model of {chapter}, which draws no images "
                              "to measure")
-        import resource
-
         import tyro
 
         known = {field.name for field in fields(module.SampleOptions)}
@@ -206,10 +221,8 @@ def measured_images(source: str, options: EvaluateOptions, more: list[str]) -> t
         again = chapter == "vq" or (chapter == "diffusion" and config["codebook_size"]
                                     and not drawing.prior)  # reconstructs images of val
         seconds = (time.perf_counter() - start) / len(images)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory /= 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes
-        about = {"seconds_per_image": seconds, "peak_memory_mb": memory}
-        return images, labels, about | ({"split": "test"} if again else {})
+        about = {"seconds_per_image": seconds} | ({"split": "test"} if again else {})
+        return images, labels, about
     if more:
         raise ValueError(f"{source} is not a model; there is no option {more[0]}: see "
                          "`python -m minigen evaluate --help`")
@@ -280,16 +293,13 @@ def info(arguments: list[str]) -> None:
         for name in chapters():
             print(f"chapter   {name}: presets {', '.join(script(name).PRESETS)}")
         return
-    from safetensors import safe_open
-
-    from minigen.checkpoints import find_checkpoint, read_config
+    from minigen.checkpoints import find_checkpoint, read_config, stored_shapes
     from minigen.files import read_json
 
     folder = find_checkpoint(model)
     print(json.dumps(read_config(model), indent=1))
     if (weights := folder / "model.safetensors").exists():
-        with safe_open(weights, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+        shapes = stored_shapes(weights).values()
         print(f"{sum(math.prod(shape) for shape in shapes):,} numbers, "
               f"{weights.stat().st_size / 1e6:.1f} MB")
     results = folder.resolve().parents[1] / "results" / f"{folder.name}.json"
@@ -354,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return commands[arguments[0]](arguments[1:]) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("MINIGEN_DEBUG"):
             raise
         print(f"minigen: {error}", file=sys.stderr)
@@ -369,7 +379,9 @@ def main(arguments: list[str] | None = None) -> int:
               f"smaller model, image or batch ({reason})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("minigen: interrupted; a run continues with --resume", file=sys.stderr)
+        hint = {"train": "; --resume continues from the last saved state",
+                "reproduce": "; the same command goes on"}.get(arguments[0], "")
+        print(f"minigen: interrupted{hint}", file=sys.stderr)
         return 130  # as shells report SIGINT
 
 

@@ -200,7 +200,7 @@ SHIPPED = next((folder for folder in (PACKAGE / "_shipped",
 def find_checkpoint(name: str | Path) -> Path:
     """Find the folder of a checkpoint: a path, a shipped run, a chapter, or OWNER/NAME.
 
-    A chapter's name stands for the best of its shipped runs. OWNER/NAME is downloaded
+    A chapter's name stands for its run in `flagships.json`. OWNER/NAME is downloaded
     from the Hugging Face hub. FileNotFoundError lists the chapters and shipped runs.
     """
     if (Path(name) / "config.json").exists():

@@ -94,7 +94,8 @@ class Job:
 
     def evaluate(self) -> list[str]:
         """The arguments of the command that measures it."""
-        return ["evaluate", str(self.folder), "--save", "--count", str(self.count),
+        count = min(self.count, self.system.most or self.count)
+        return ["evaluate", str(self.folder), "--save", "--count", str(count),
                 *self.fill(self.system.evaluate)]
 
     def result(self) -> dict | None:
@@ -109,7 +110,8 @@ class Job:
                 return "trained"
             return "done" if self.kept.exists() else "measured"
         log = self.folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
+        text = log.read_text() if log.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # a kill may cut the last
         return f"step {json.loads(lines[-1])['step']}" if lines else "to do"
 
     def minutes(self) -> float | None:
@@ -130,14 +132,23 @@ def fill(text: str, preset: str, checkpoints: Path, out: Path = Path()) -> list[
         run = system.run(preset)
         own = checkpoints / run
         places[system.name] = own if own.exists() else run
-    return shlex.split(text.format_map(places))
+    return [word.format_map(places) for word in shlex.split(text)]
 
 
 def plan(options: ReproduceOptions) -> list[Job]:
-    """All jobs of these options, done or not, each after those that it needs."""
+    """All jobs of these options, done or not, each after those that it needs.
+
+    What a chosen system needs is trained, too, unless it ships.
+    """
+    names = {system.name for system in chosen(options.only)}
+    runs = {system.name: system.run(options.preset) for system in SYSTEMS}
+    for system in reversed(SYSTEMS):  # what a system needs comes before it
+        if system.name in names:
+            names |= {name for name in system.needs(options.preset)
+                      if not (DATA / "checkpoints" / runs[name]).exists()}
     return [Job(system, options.preset, options.out, options.count)
-            for system in chosen(options.only)
-            if system.options(options.preset) is not None]
+            for system in SYSTEMS if system.name in names
+            and system.options(options.preset) is not None]
 
 
 def describe(jobs: list[Job]) -> str:
@@ -197,12 +208,16 @@ def reproduce(options: ReproduceOptions, command: Command) -> int:
                 spent = (time.perf_counter() - started) / 60
                 print(f"\n[{number} of {len(jobs)}, after {spent:.1f} min] "
                       f"{job.folder.name}", flush=True)
-                if status := make(job, command):
+                if (status := make(job, command)) == 128 + signal.SIGINT:
+                    return status
+                if status:
                     print(f"{job.folder.name} failed: run the same command to try "
                           "again, or choose others with --only", file=sys.stderr)
                     return status
-    except SystemExit:
-        print(f"\nStopped; the same command goes on.\n{describe(jobs)}", flush=True)
+    except SystemExit as left:
+        if left.code == 128 + signal.SIGTERM:
+            print(f"\nStopped; the same command goes on.\n{describe(jobs)}",
+                  flush=True)
         raise
     data = options.out / "data"
     print(f"\n{table(SUMMARY, data, (options.preset,))}\n"
@@ -240,7 +255,7 @@ def check(options: ReproduceOptions, command: Command) -> int:
     A figure may differ by three standard errors, by 2 percent, or by 3/N for N images,
     whichever is most: another machine rounds differently, and may draw other tokens.
     """
-    wrong = 0
+    wrong = compared = 0
     for each, checkpoint in there(options):
         if (report := each.result.get("evaluation")) is None:
             continue
@@ -257,10 +272,14 @@ def check(options: ReproduceOptions, command: Command) -> int:
             allowed = max(3 * (figure["spread"] or 0), 0.02 * abs(then),
                           3 / report["N"])
             good = abs(now - then) <= allowed
-            wrong += not good
+            wrong, compared = wrong + (not good), compared + 1
             print(f"  {name:24} {now:9.4g} now, {then:9.4g} in the file, "
                   f"{allowed:.2g} allowed" + ("" if good else "   DIFFERS"), flush=True)
-    print("Every figure agrees." if not wrong else f"{wrong} figures differ.")
+    if not compared:
+        raise ValueError(f"{options.data} holds no measured system of these names with "
+                         "its checkpoint: nothing was compared")
+    print(f"All {compared} figures agree." if not wrong else
+          f"Of {compared} figures, {wrong} differ.")
     return int(wrong > 0)
 
 

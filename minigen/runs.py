@@ -145,7 +145,8 @@ def prepare_folder(config: RunConfig) -> dict | None:
     if config.overwrite:
         file.unlink(missing_ok=True)  # first: no result stands beside a newer model
         clear_states(config.out)
-        for name in ("log.jsonl", "model.safetensors", "config.json", "step-*.png"):
+        for name in ("log.jsonl", "model.safetensors", "config.json", "classes.png",
+                     "step-*.png"):
             for path in config.out.glob(name):
                 path.unlink()
     if not file.exists():
@@ -245,6 +246,8 @@ def describe_run(**about) -> dict:
     """`about`, followed by hardware, commit (None without git), date and versions."""
     command = ["git", "-C", str(PACKAGE), "rev-parse", "--short", "HEAD"]
     try:
+        if not (PACKAGE.parent / ".git").exists():  # not in a clone of this project
+            raise FileNotFoundError
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):

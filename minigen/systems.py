@@ -31,6 +31,7 @@ class System:
     cpu: str | None = ""  # options of `train` at preset `cpu`; None: not trained there
     other: str | None = ""  # the same at all other presets
     evaluate: str = ""  # options of `evaluate`
+    most: int | None = None  # images to measure at most, of a slow system
     sequential: int | str = 1  # network passes per image, one after another
     compared: bool = True  # whether it generates images; tokenizers do not
 
@@ -70,10 +71,10 @@ SYSTEMS = (
            "--steps 1500 --ema 0.995 --seed 3 --eval-steps 500 1000 1500 "
            "--val-images 200 --init {vq-coarse3} --decoder-only --features 0.5 "
            "--adversarial 0.05", "--downsample 8", compared=False),
-    System("pixelgpt-64", "PixelGPT", sequential="pixels"),
+    System("pixelgpt-64", "PixelGPT", most=300, sequential="pixels"),
     System("pixelgpt-published", "PixelGPT as published",
            "--positions learned --sequences windows",
-           "--positions learned --sequences windows", sequential="pixels"),
+           "--positions learned --sequences windows", most=300, sequential="pixels"),
     System("patchgpt-squared", "PatchGPT, squared error",
            "--head mse --steps 4323 --eval-steps 100 400 1600 4323", "--head mse",
            GUIDED, sequential="patches"),

@@ -439,7 +439,7 @@ def test_an_interrupt_is_a_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(command_line, "info", interrupted)
     assert command_line.main(["info"]) == 130
-    assert "minigen: interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "minigen: interrupted\n"
 
 
 def test_unreadable_images_can_be_left_out_of_training(tmp_path, capsys):

@@ -376,8 +376,12 @@ def test_a_run_draws_and_is_drawn_from(tmp_path, decoder):
     assert images.shape == (3, 3, 16, 16)
     assert labels.shape == (3,)
     assert script.sample(str(config.out), options).exists()
+    with pytest.raises(ValueError, match="diffusion has none"):
+        script.draw(str(config.out), replace(options, temperature=0.5))
     if not decoder:
         return
+    with pytest.raises(ValueError, match="takes no class"):
+        script.draw(str(config.out), replace(options, label=1))
     from minigen.train import imagegpt
 
     prior = replace(imagegpt.PRESETS["test"], out=tmp_path / "prior",
@@ -388,5 +392,8 @@ def test_a_run_draws_and_is_drawn_from(tmp_path, decoder):
         options, prior=str(prior.out)))
     assert images.shape == (3, 3, 16, 16)
     assert labels.tolist() == [0, 1, 2]
+    sure, _ = script.draw(str(config.out), replace(
+        options, prior=str(prior.out), temperature=0.0))
+    assert not torch.equal(sure, images)
     with pytest.raises(ValueError, match="leave it out"):
         replace(config, ten_crop=True)

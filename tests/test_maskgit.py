@@ -424,7 +424,7 @@ IMAGES = torch.zeros(1, 3, 12, 16)
     (lambda m, t: m.edit_images(t, IMAGES, MASK[:8]), "12 x 16 pixels and a mask"),
     (lambda m, t: m.edit_images(t, IMAGES, MASK.float()), "bools .*torch.float32"),
     (lambda m, t: m.edit_images(t, IMAGES[..., :8], MASK), "found 12 x 8"),
-    (lambda m, t: m.edit_images(t, IMAGES[0], MASK), r"\(B, 3, H, W\), found the shape"),
+    (lambda m, t: m.edit_images(t, IMAGES[0], MASK), r"\(B, 3, H, W\), found the"),
     (lambda m, t: replace(SMALL, label_smoothing=1.0), "found 1.0"),
     (lambda m, t: MaskGIT(replace(SMALL, fingerprint="x")).generate_images(t, 1),
      "another|other images"),

@@ -138,7 +138,7 @@ def test_check_finds_a_planted_number(reproduced, capsys):
     words = ["reproduce", "--check", "--preset", "test", "--data", str(out / "data"),
              "--only", "imagegpt-tokens64"]
     assert main(words) == 0, capsys.readouterr().out
-    assert "Every figure agrees." in capsys.readouterr().out
+    assert re.search(r"All \d\d? figures agree\.", capsys.readouterr().out)
     file = out / "data" / "results" / "imagegpt-test-tokens64.json"
     right = read_json(file)
     wrong = json.loads(json.dumps(right))
@@ -149,8 +149,39 @@ def test_check_finds_a_planted_number(reproduced, capsys):
     finally:
         write_json(file, right)
     said = capsys.readouterr().out
-    assert "1 figures differ" in said
+    assert re.search(r"Of \d+ figures, 1 differ", said)
     assert re.search("FD-landscape.*DIFFERS", said)
+
+
+def test_check_fails_if_there_is_nothing_to_check(tmp_path, capsys):
+    assert main(["reproduce", "--check", "--data", str(tmp_path)]) == 2
+    assert "nothing was compared" in capsys.readouterr().err
+
+
+def test_what_a_system_needs_is_trained_too_unless_it_ships(tmp_path):
+    def names(preset):
+        return [job.system.name for job in reproduce.plan(ReproduceOptions(
+            preset=preset, out=tmp_path, only=("imagegpt-tokens64",)))]
+
+    assert names("test") == ["vq-tokens64", "imagegpt-tokens64"]
+    assert names("cpu") == ["imagegpt-tokens64"]
+
+
+def test_a_log_may_be_cut_and_a_folder_may_have_a_space(tmp_path):
+    job = jobs("test", tmp_path / "my runs")[-1]
+    assert f"{tmp_path}/my runs/codes256-test" in job.train()
+    job.folder.mkdir(parents=True)
+    (job.folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert job.state() == "step 1"
+
+
+def test_a_slow_system_is_measured_with_fewer_images(tmp_path):
+    counts = {job.system.name: job.evaluate()[job.evaluate().index("--count") + 1]
+              for job in jobs("cpu", tmp_path)}
+    assert (counts["pixelgpt-64"], counts["imagegpt-tokens64"]) == ("300", "1000")
+    for each in systems.measured():
+        if each.figure("FD-landscape") is not None:
+            assert str(each.result["evaluation"]["N"]) == counts[each.system.name]
 
 
 def test_a_sheet_has_a_row_for_each_system(reproduced, tmp_path, capsys):

@@ -533,7 +533,9 @@ def test_a_finished_run_stays_finished(tmp_path):
                        r"eval_steps = \[\], here \[1\]\. Choose"):
         toy_run(tmp_path, resume=True, lr=0.5, eval_steps=(1,))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!.]*")}
+    (tmp_path / "classes.png").write_bytes(b"of the old model")
     other = toy_run(tmp_path, overwrite=True, seed=1)
+    assert not (tmp_path / "classes.png").exists()
     assert other["seed"] == 1
     assert other["metrics"]["val_loss"] != result["metrics"]["val_loss"]
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]

@@ -89,6 +89,7 @@ def test_sample_reads_the_checkpoint(here, minigen):
     sky = Image.open("a.png").convert("RGB").getpixel((1, 1))
     assert sky == (0x88, 0xEE, 0xEE)
     assert "color" in minigen("sample", "run", "--first-pixel", "0x1000", status=2)
+    assert "number" in minigen("sample", "run", "--first-pixel", "red", status=2)
 
 
 def test_sample_takes_a_chapter_for_its_best_model(minigen, tmp_path):
@@ -186,6 +187,8 @@ def test_the_cost_of_a_run_is_counted(here):
 
 def test_help(minigen, capsys):
     assert "usage" in minigen("--help")
+    for command in ("train", "sample"):
+        assert "usage" in minigen(command, "--help")
     for command in ("bench", "info", "ship", "extract-codes"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])

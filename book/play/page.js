@@ -2,11 +2,20 @@
 
 const find = (name) => document.getElementById(`play-${name}`);
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+let working = false; // whether something is being drawn
 const waiting = new Map(); // of each request, what to do with its messages
 const canvases = {}; // of each figure, what it shows
 
 const value = (name) => Number(find(name).value);
 const say = (text) => find("status").textContent = text;
+
+/** Enable the buttons that can be pressed now. */
+function buttons() {
+  const erased = Object.values(canvases).some((figure) => figure.erased.size);
+  for (const name of ["draw", "pixels-draw"]) find(name).disabled = working;
+  find("repaint").disabled = working || !erased;
+  find("cancel").disabled = !working;
+}
 
 /** Have the worker draw; `show` sees each step. Null if it was cancelled. */
 function ask(request, show) {
@@ -53,8 +62,7 @@ class Figure {
     this.context.fillRect(x, y, width, width);
   }
 
-  step({ tokens, chosen }, colors) {
-    this.tokens = tokens;
+  step({ chosen }, colors) {
     for (const [position, choice] of chosen) {
       this.chosen.set(position, choice);
       this.fill(position, `rgb(${colors[choice.token]})`);
@@ -71,11 +79,11 @@ class Figure {
     const { rgba, width, height } = this.image;
     this.context.putImageData(new ImageData(rgba, width, height), 0, 0);
     for (const position of this.erased) this.fill(position, "#808080");
-    find("repaint").disabled = !Object.values(canvases).some((f) => f.erased?.size);
+    buttons();
   }
 
   erase(position, on = true) {
-    if (!this.image) return;
+    if (working || !this.image) return;
     this.erased[on ? "add" : "delete"](position);
     this.show();
   }
@@ -159,15 +167,15 @@ function options() {
 
 /** One drawing after the other, with the buttons in the state that this needs. */
 async function busy(work) {
-  for (const name of ["draw", "repaint", "pixels-draw"]) find(name).disabled = true;
-  find("cancel").disabled = false;
+  working = true;
+  buttons();
   try {
     say(await work() ? "" : "Cancelled.");
   } catch (error) {
     say(`Nothing was drawn: ${error.message}.`);
   }
-  find("cancel").disabled = true;
-  find("draw").disabled = find("pixels-draw").disabled = false;
+  working = false;
+  buttons();
 }
 
 /** Have a model draw, or repaint, into a figure; whether it came to an end. */
@@ -181,13 +189,18 @@ async function run(figure, name, count, more) {
   const shown = name === "imagegpt" ? "ImageGPT" : "MaskGIT";
   say(`${shown} is drawing.`);
   figure.note.textContent = "";
+  const before = new Map(figure.chosen);
   const done = await ask({
     name: `${name}-${count}`,
     decoder: `vq-${count}`,
     seed: value("seed"),
     options: { ...options(), ...more },
   }, (message) => figure.step(message, colors));
-  if (!done) return false;
+  if (!done) {
+    figure.chosen = before;
+    if (figure.image) figure.show();
+    return false;
+  }
   figure.finish(done);
   figure.note.textContent = `${shown}: tokens in ${done.seconds.toFixed(2)} s, ` +
     `image in ${done.decoding.toFixed(2)} s`;
@@ -252,5 +265,5 @@ find("draw").onclick = () => busy(draw);
 find("repaint").onclick = () => busy(repaint);
 find("pixels-draw").onclick = () => busy(drawPixels);
 find("cancel").onclick = () => worker.postMessage({ cancel: true });
-for (const name of ["draw", "pixels-draw"]) find(name).disabled = false;
+buttons();
 say("");

@@ -27,8 +27,8 @@ from minigen.runs import describe_run
 
 BUSY = 0.1  # share of the processors that others may use during a repetition
 # mostly of quality, and slow: they run only if named
-LONG = ("blocks", "decoders", "generator", "joint", "masking", "networks", "pixels",
-        "schedules", "steps", "steps256", "sweep")
+LONG = ("blocks", "comparison", "decoders", "generator", "joint", "masking", "networks",
+        "pixels", "schedules", "steps", "steps256", "sweep")
 RETRIES = 3  # how often a disturbed repetition is repeated
 
 

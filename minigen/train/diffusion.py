@@ -145,6 +145,10 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
     """
     device, count = pick_device(), options.count
     model = load(checkpoint, Diffusion).to(device)
+    if options.temperature != 1 and not options.prior:
+        raise ValueError("--temperature is that of a --prior: diffusion has none")
+    if options.label is not None and not (options.prior or model.config.classes):
+        raise ValueError("this model takes no class: leave out --label")
     generator = torch.Generator(device).manual_seed(options.seed)
     guidance, labels = Guidance(options.guidance), None
     how = {"steps": options.steps, "method": options.method, "generator": generator}
@@ -169,6 +173,7 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, Tensor | None
         chosen = None if labels is None else labels[part]
         if prior is not None:
             drawn = prior.generate(len(part), chosen, guidance=guidance,
+                                   temperature=options.temperature,
                                    generator=generator).view(-1, *model.grid)
             images.append(model.decode(drawn, **how).cpu())
         elif tokens is not None:

@@ -109,7 +109,12 @@ def draw(checkpoint: str, options: SampleOptions) -> tuple[Tensor, None]:
     device = pick_device()
     model = load(checkpoint, PixelGPT).to(device)
     if options.first_pixel is not None:
-        color, count = int(options.first_pixel, 0), model.tokenizer.vocab_size
+        count = model.tokenizer.vocab_size
+        try:
+            color = int(options.first_pixel, 0)
+        except ValueError:
+            raise ValueError("--first-pixel takes a color as a number, such as 0xFEC, "
+                             f"found {options.first_pixel!r}") from None
         if not 0 <= color < count:
             raise ValueError(f"--first-pixel {options.first_pixel} is not a color of "
                              f"this model: expected 0 to {count - 1:#x}")
