@@ -168,9 +168,11 @@ class Measured:
     @property
     def sequential(self) -> int | None:
         """How many network passes an image takes, one after another."""
-        config, steps = self.result.get("config"), self.system.sequential
-        if isinstance(steps, int) or config is None:
-            return steps if isinstance(steps, int) else None
+        steps = self.system.sequential
+        if isinstance(steps, int):
+            return steps
+        if (config := self.result.get("config")) is None:
+            return None
         side = config["patch_size"] if steps == "patches" else 1
         return (config["size"] // side) ** 2
 
