@@ -43,16 +43,18 @@ def mask_ratio(progress: Tensor, masking: Masking = "cosine",
     return ratio.clamp(0, 1)
 
 # %% ../nbs/07_maskgit.ipynb #a099c004
-def random_masks(batch: int, length: int, masking: Masking = "cosine",
-                 device=None) -> Tensor:
+def random_masks(batch: int, length: int, masking: Masking = "cosine", device=None,
+                 generator: torch.Generator | None = None) -> Tensor:
     """Random masks (B, T), True where a token is hidden, each with its own share.
 
-    Every mask hides at least one token. Draws from the global random generator, as the
-    rest of training does.
+    Every mask hides at least one token. Draws from the generator, or, as the rest of
+    training does, from the global one.
     """
-    ratio = mask_ratio(torch.rand(batch, device=device), masking, length)
+    ratio = mask_ratio(
+        torch.rand(batch, generator=generator, device=device), masking, length)
     count = (length * ratio).ceil().clamp(1, length)              # (B,)
-    rank = torch.rand(batch, length, device=device).argsort(dim=1).argsort(dim=1)
+    order = torch.rand(batch, length, generator=generator, device=device)
+    rank = order.argsort(dim=1).argsort(dim=1)
     return rank < count[:, None]                                  # (B, T)
 
 # %% ../nbs/07_maskgit.ipynb #99ab9d2f
@@ -168,6 +170,10 @@ class MaskGIT(nn.Module, PyTorchModelHubMixin):
             if prompt < 1:
                 raise ValueError(f"generate at least one image, found {prompt}")
             prompt = torch.empty(prompt, 0, dtype=torch.int64)
+        if not isinstance(prompt, Tensor):
+            raise ValueError("expected a number of images or tokens (B, t), found a "
+                             f"{type(prompt).__name__}; {self.mask_token} stands for "
+                             "tokens to fill in")
         tokens = prompt.to(self.head.weight.device)
         if not tokens.is_floating_point() and tokens.dtype != torch.bool:
             tokens = tokens.long()  # a small type may not hold the mask token
@@ -334,15 +340,17 @@ def first(order: Tensor, counts: list[int]) -> Tensor:
     return rank < torch.tensor(counts, device=rank.device)[:, None]
 
 # %% ../nbs/07_maskgit.ipynb #965075e6
-def masked_token_loss(model: MaskGIT, batch) -> Tensor:
+def masked_token_loss(model: MaskGIT, batch,
+                      generator: torch.Generator | None = None) -> Tensor:
     """Mean cross entropy in nats of masked tokens, given the class and known tokens.
 
     The batch has the `tokens` (B, T) of whole images, and the `label` (B,) of each.
-    Labels are smoothed in training only (Chang et al. 2022, section 4.1).
+    Labels are smoothed in training only (Chang et al. 2022, section 4.1). `generator`
+    draws the masks, so that two evaluations can use the same ones.
     """
     model.check(batch.tokens)
     config, (B, T) = model.config, batch.tokens.shape
-    masked = random_masks(B, T, config.masking, batch.tokens.device)
+    masked = random_masks(B, T, config.masking, batch.tokens.device, generator)
     tokens = batch.tokens.masked_fill(masked, model.mask_token)
     hidden = model.hidden(tokens, batch.label if config.classes else None)
     logits = model.head(hidden[masked])                               # (M, K)

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -523,13 +524,15 @@ def read_images(source: str | Path | Tensor | list[Tensor], size: int | None = N
 # %% ../nbs/06_measuring.ipynb #06ae0042
 def tensor_source(images: Tensor, size: int | None) -> ImageSource:
     """A source of images (N, 3, H, W) in [0, 1]; see `read_images`."""
-    size = size or images.shape[2]
+    size = size or min(images.shape[2:])
 
     def batches() -> Iterator[Tensor]:
         for part in images.split(250):
-            same = part.shape[2:] == (size, size)
+            if part.shape[2:] == (size, size):
+                yield part
+                continue
             pixels = (part * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            yield part if same else squares(pixels, size)
+            yield squares(pixels, size)
 
     return ImageSource("images", len(images), size, batches)
 
@@ -739,6 +742,9 @@ def evaluate_images(
     if real.size != images.size:
         raise ValueError(f"expected images of one size, found {images.size} and "
                          f"{real.size} pixels")
+    if labels is not None and labels.shape != (len(images),):
+        raise ValueError(f"expected labels ({len(images)},), one for each image, found "
+                         f"{tuple(labels.shape)}")
     ours, theirs = measure(images, extractor), measure(real, extractor)
     if labels is not None:
         ours = ours._replace(labels=labels.cpu())
@@ -769,8 +775,11 @@ def evaluate_images(
         figures[name] = Figure(value, floor, spread, n, m, floor_n, source, real.name,
                                real.split, extractor.name, extractor.hash)
     if training is not None:
-        figures |= nearest_figures(images, other or real, read_images(
-            training, images.size), real, extractor)
+        training = read_images(training, images.size)
+        controls = [source for source in (other, real) if source is not None and (
+            source.name != training.name or source.name == "images")]
+        figures |= nearest_figures(images, controls[0] if controls else None, training,
+                                   extractor)
     return {"images": images.name, "N": len(images), "reference": real.name,
             "split": real.split, "M": len(real), "size": images.size,
             "extractor": extractor.name, "hash": extractor.hash, "subsets": len(parts),
@@ -778,18 +787,24 @@ def evaluate_images(
             "figures": {name: figure._asdict() for name, figure in figures.items()}}
 
 
-def nearest_figures(images: ImageSource, control: ImageSource, training: ImageSource,
-                    real: ImageSource, extractor: Extractor) -> dict[str, Figure]:
-    """Mean distances of up to a thousand images to the nearest training image."""
-    ours, usual = (torch.cat([batch for batch, _ in zip(source, range(4))])
-                   for source in (images, control))
+def nearest_figures(images: ImageSource, control: ImageSource | None,
+                    training: ImageSource, extractor: Extractor) -> dict[str, Figure]:
+    """Mean distances of up to a thousand images to the nearest training image.
+
+    The floor is that of `control`, real images that are not those of the training.
+    """
+    ours = torch.cat(list(islice(images, 4)))
+    usual = None if control is None else torch.cat(list(islice(control, 4)))
     found = {"nearest in training, pixels": lambda x: nearest_neighbors(x, training)}
     features = torch.cat([extractor(batch) for batch in training])
     found["nearest in training, features"] = lambda x: nearest_neighbors(
         extractor(x), features)
-    return {name: Figure(search(ours)[0].mean().item(), search(usual)[0].mean().item(),
-                         None, len(ours), len(training), len(usual), control.name,
-                         training.name, training.split, extractor.name, extractor.hash)
+    floor = {} if usual is None else {
+        name: search(usual)[0].mean().item() for name, search in found.items()}
+    count, name_of = (None, None) if usual is None else (len(usual), control.name)
+    return {name: Figure(search(ours)[0].mean().item(), floor.get(name), None,
+                         len(ours), len(training), count, name_of, training.name,
+                         training.split, extractor.name, extractor.hash)
             for name, search in found.items()}
 
 

@@ -63,7 +63,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Join patches (B, T, C*P*P) into images (B, C, height, width)."""
+    """Join patches (B, T, C*P*P) into images (B, C, height, width).
+
+    ValueError if the number or the length of the patches does not fit.
+    """
+    if patches.ndim != 3:
+        raise ValueError("expected patches (B, T, C*P*P), found shape "
+                         f"{tuple(patches.shape)}")
     P, (T, D) = patch_size, patches.shape[1:]
     check_tiling(P, height, width)
     rows, columns = height // P, width // P
@@ -390,9 +396,10 @@ def shift(patches: Tensor, by: int, start: int, stop: int) -> Tensor:
 class PatchGPT(nn.Module, PyTorchModelHubMixin):
     """A causal transformer over image patches, each a vector of D real numbers.
 
-    `forward(patches (B, t, D) in [0, 1], labels (B,)) -> outputs (B, t + 1, ...)`: the
-    outputs at position p describe patch p, given the class and the patches before it;
-    at position 0, a learned vector for the class takes the place of the previous patch.
+    `forward(patches (B, t, D) in [0, 1], labels (B,)) -> outputs (B, t + 1, ...)`, with
+    t < T: the outputs at position p describe patch p, given the class and the patches
+    before it; at position 0, a learned vector for the class takes the place of the
+    previous patch.
     Labels are 0 to `classes` - 1, or `classes` for "no class"; without labels, all
     images are "no class". What the outputs mean is up to the head.
     """
@@ -458,9 +465,16 @@ class PatchGPT(nn.Module, PyTorchModelHubMixin):
         if patches.ndim != 3 or len(patches) == 0 or patches.shape[2] != self.values:
             raise ValueError(f"expected patches of {self.values} values, (B, t, "
                              f"{self.values}) with B > 0, found {tuple(patches.shape)}")
+        if not patches.is_floating_point():
+            raise ValueError("expected patches of floats in [0, 1], as from `encode`, "
+                             f"found {patches.dtype}")
 
     def forward(self, patches: Tensor, labels: Tensor | None = None) -> Tensor:
         self.check(patches)
+        if patches.shape[1] >= self.length:
+            raise ValueError(f"expected at most {self.length - 1} patches, since the "
+                             "last of an image is only predicted, found "
+                             f"{patches.shape[1]}")
         if self.training and self.config.noise:
             level = torch.rand(len(patches), 1, 1, device=patches.device)
             patches = patches + self.config.noise * level * torch.randn_like(patches)
@@ -565,11 +579,13 @@ def exposure_bias(
     """
     was_training, device = model.training, model.embed.bias.device
     model.eval()
-    patches = model.encode(images.to(device))
-    labels = None if labels is None else labels.to(device)
-    forced = expected_patches(model, patches, labels)
-    drawn = model.generate_images(patches[:, :given], labels, generator=generator)
-    model.train(was_training)
+    try:
+        patches = model.encode(images.to(device))
+        labels = None if labels is None else labels.to(device)
+        forced = expected_patches(model, patches, labels)
+        drawn = model.generate_images(patches[:, :given], labels, generator=generator)
+    finally:
+        model.train(was_training)
 
     def error(x: Tensor) -> Tensor:
         return 255 * (x - patches)[:, given:].square().mean(dim=(0, 2)).sqrt().cpu()

@@ -148,8 +148,10 @@ class VectorQuantizer(nn.Module):
         order = broadcast(torch.randperm(len(vectors), device=vectors.device))
         first = torch.arange(self.codebook_size, device=vectors.device) % len(vectors)
         self.codebook.copy_(kmeans(vectors, vectors[order[first]]))
+        even = len(vectors) / self.codebook_size
+        self.cluster_size.fill_(even)  # with less, codes might count as dead
         if self.decay is not None:
-            self.embed_avg.copy_(self.codebook)
+            self.embed_avg.copy_(self.codebook * even)
         self.needs_init.fill_(False)
 
     @torch.no_grad()
@@ -214,11 +216,12 @@ class FSQ(nn.Module):
     def bound(self, z: Tensor) -> Tensor:
         """Squash (..., d) so that number i rounds to one of `levels[i]` integers.
 
-        As in appendix A.1, but with `atanh` for `tan`, and 1 + eps for 1 - eps.
+        As in appendix A.1, but with `atanh` for `tan`, and two levels split at 0.
         """
         half = (self.levels - 1) * (1 + 1e-3) / 2                     # (d,)
         offset = 0.5 * (self.levels % 2 == 0)  # an even number of levels is asymmetric
-        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+        shift = torch.where(self.levels > 2, torch.atanh(offset / half), 0.0)
+        return torch.tanh(z + shift) * half - offset
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The codes (..., d), in [-1, 1], for tokens (...) int64."""

@@ -366,6 +366,16 @@ def test_images_appear_step_by_step(small, tokenizer):
     assert blank.sum((1, 2)).tolist() == [left, left]
 
 
+def test_a_generator_repeats_the_masks_of_a_loss(small):
+    batch = CodeItem(tokens(), LABELS)
+    before = torch.get_rng_state()
+    first, second = (masked_token_loss(small.eval(), batch, generator(4))
+                     for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, masked_token_loss(small, batch, generator(5)))
+    assert torch.equal(before, torch.get_rng_state()), "training draws from the global"
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_prompts_of_small_types(small, dtype):
     start = small.start(tokens(2)[:, :3].to(dtype))

@@ -26,6 +26,7 @@ from minigen.features import (
 )
 from minigen.files import read_json, write_json
 from minigen.metrics import (
+    ImageSource,
     Statistics,
     bits_per_dimension,
     bits_per_token,
@@ -504,6 +505,12 @@ def test_spread_is_the_standard_error(tiny):
 
 
 def test_copies_of_training_images_are_found(tiny, pictures):
+    with pytest.raises(ValueError, match=r"labels \(20,\), .* found \(19,\)"):
+        evaluate_images(pictures[:20], pictures, tiny, torch.zeros(19).long())
+    same = ImageSource("train", len(pictures), pictures.shape[-1],
+                       lambda: iter(pictures.split(20)))
+    found = evaluate_images(pictures[:20], same, tiny, training=same)["figures"]
+    assert found["nearest in training, pixels"]["floor"] is None, "no control of its own"
     copies = evaluate_images(pictures[:20], pictures[20:], tiny, training=pictures)
     for kind in ("pixels", "features"):
         figure = copies["figures"][f"nearest in training, {kind}"]

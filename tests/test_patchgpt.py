@@ -609,6 +609,7 @@ def encode(*shape):
     (lambda: patchify(torch.rand(3, 8, 8), 4), r"\(B, C, H, W\), found .* \(3, 8, 8\)"),
     (lambda: unpatchify(torch.rand(1, 63, 48), 4, 32, 32), "64 patches .*, found 63"),
     (lambda: unpatchify(torch.rand(1, 64, 50), 4, 32, 32), "16 values .*, found 50"),
+    (lambda: unpatchify(torch.rand(63, 48), 4, 32, 32), r"found shape \(63, 48\)"),
     (lambda: PatchGPTConfig(height=30), r"not tile an image of 30 x 64: .* \[1, 2\]"),
     (lambda: PatchGPTConfig(mixtures=0), "at least 1 component, found mixtures=0"),
     (lambda: PatchGPTConfig(classes=-1), "not negative, found classes=-1"),
@@ -624,6 +625,8 @@ def encode(*shape):
     (lambda: encode(1, 3, 8, 8), "images of 8 x 12 pixels, .* found 8 x 8"),
     (lambda: encode(1, 3, 10, 12), "found 10 x 12"),
     (lambda: PatchGPT(SMALL)(torch.rand(1, 3, 48)), r"of 12 values.*\(1, 3, 48\)"),
+    (lambda: PatchGPT(SMALL)(torch.rand(1, 24, 12)), "at most 23 patches.*found 24"),
+    (lambda: PatchGPT(SMALL)(torch.ones(1, 3, 12).long()), "floats .* torch.int64"),
     (lambda: PatchGPT(SMALL).generate_images([torch.rand(3)]), "of 12 values"),
 ])
 def test_bad_input_is_a_sentence(make, message):

@@ -245,6 +245,17 @@ def test_kmeans_finds_separate_groups():
 
 
 @pytest.mark.parametrize("decay", [None, 0.99])
+def test_no_code_is_dead_right_after_kmeans(decay):
+    """Also if a batch has many vectors for each code."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, decay, kmeans=True, dead_code_threshold=0.1)
+    z = normal(1, 16, 32, 4)
+    quantizer.train()(z)
+    error = (z - quantizer.embed(quantizer.eval()(z).tokens)).square().mean()
+    assert error < 0.35 * z.var()
+
+
+@pytest.mark.parametrize("decay", [None, 0.99])
 def test_the_codebook_is_initialized_once_and_in_training(decay):
     torch.manual_seed(0)
     quantizer = VectorQuantizer(16, 4, decay=decay, kmeans=True)
@@ -323,6 +334,8 @@ def test_fsq_against_the_formulas_of_the_paper():
                  atol=1e-5, rtol=0)
     tokens = (digits * basis).sum(axis=-1).round().astype(int)
     assert np.array_equal(found.tokens.numpy().ravel(), tokens)
+    two = FSQ((2, 2))(torch.tensor([[[[-0.1, 0.1], [0.1, -0.1]]]]))
+    assert two.tokens.tolist() == [[[2, 1]]], "two levels are split at 0"
     codes = quantizer.embed(torch.arange(1000))
     assert len(codes.unique(dim=0)) == 1000
     assert codes.abs().max() == 1

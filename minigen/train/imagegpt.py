@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Literal, get_type_hints
 
@@ -131,8 +132,10 @@ def build(config: Config, device: torch.device, kind: type = ImageGPT,
         height=train.grid[0], width=train.grid[1], classes=classes,
         fingerprint=fingerprint, tokenizer=config.tokenizer or "tokenizer")).to(device)
 
-    def without_class(model: nn.Module, batch: CodeItem) -> Tensor:
-        return loss(model, batch._replace(label=torch.full_like(batch.label, classes)))
+    @wraps(loss)  # which may take a generator
+    def without_class(model: nn.Module, batch: CodeItem, **seeded) -> Tensor:
+        return loss(model, batch._replace(
+            label=torch.full_like(batch.label, classes)), **seeded)
 
     def draw(model: nn.Module, name: str, *rows: tuple[int | Tensor, Tensor]) -> Tensor:
         generator = torch.Generator(device).manual_seed(config.seed)
