@@ -510,7 +510,7 @@ def test_copies_of_training_images_are_found(tiny, pictures):
     same = ImageSource("train", len(pictures), pictures.shape[-1],
                        lambda: iter(pictures.split(20)))
     found = evaluate_images(pictures[:20], same, tiny, training=same)["figures"]
-    assert found["nearest in training, pixels"]["floor"] is None, "no control of its own"
+    assert found["nearest in training, pixels"]["floor"] is None, "no control"
     copies = evaluate_images(pictures[:20], pictures[20:], tiny, training=pictures)
     for kind in ("pixels", "features"):
         figure = copies["figures"][f"nearest in training, {kind}"]
