@@ -267,6 +267,8 @@ def check(options: ReproduceOptions, command: Command) -> int:
             wrong += 1
         for name, figure in report["figures"].items():
             if name not in again["figures"]:
+                print(f"  {name:24} is not measured any more   DIFFERS", flush=True)
+                wrong, compared = wrong + 1, compared + 1
                 continue
             now, then = again["figures"][name]["value"], figure["value"]
             allowed = max(3 * (figure["spread"] or 0), 0.02 * abs(then),

@@ -55,7 +55,8 @@ class System:
 
 
 SYSTEMS = (
-    System("vq-tokens256", "tokenizer, 256 tokens", compared=False),
+    System("vq-tokens256", "tokenizer, 256 tokens", other="--downsample 4",
+           compared=False),
     System("vq-coarse1", "tokenizer, 64 tokens: autoencoder", COARSE +
            "--steps 6850 --eval-steps 100 400 1000 2000 4000 6850", None,
            compared=False),

@@ -175,6 +175,15 @@ def test_a_log_may_be_cut_and_a_folder_may_have_a_space(tmp_path):
     assert job.state() == "step 1"
 
 
+@pytest.mark.parametrize("preset", ["cpu", "full"])
+def test_tokenizers_have_the_tokens_of_their_names(preset, tmp_path):
+    for job in jobs(preset, tmp_path):
+        if job.system.name in ("vq-tokens64", "vq-tokens256"):
+            config = config_of(job)
+            tokens = (config.size // config.downsample) ** 2
+            assert job.system.name == f"vq-tokens{tokens}"
+
+
 def test_a_slow_system_is_measured_with_fewer_images(tmp_path):
     counts = {job.system.name: job.evaluate()[job.evaluate().index("--count") + 1]
               for job in jobs("cpu", tmp_path)}
